@@ -15,7 +15,7 @@ C blocks of a row, K keys that a block of queries sees.
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from typing import NamedTuple, Optional
 
 import torch
@@ -36,29 +36,36 @@ PRESETS = {
 }
 
 
+def option(default, help: str):
+    """A dataclass field with a line of help that names its unit; such fields become flags of the scripts."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 class KBERTConfig(PretrainedConfig):
     model_type = "kbert"
 
-    vocab_size: int = 50_368                # tokens; the embedding is padded to a multiple of 128 rows
-    num_hidden_layers: int = 22             # layers
-    hidden_size: int = 768                  # d; a multiple of 64
-    num_attention_heads: int = 12           # heads
-    intermediate_size: int = 1152           # f, width of GeGLU; a multiple of 64
-    max_position_embeddings: int = 1024     # tokens in the longest document; RoPE itself has no limit
-    global_attention_every: int = 3         # layers; layers 0, 3, 6, ... attend to the whole document
-    local_attention_window: int = 128       # tokens, half of them to each side
-    frequency_base: float = 10_000.0        # RoPE's theta
-    logit_softcap: float = 30.0             # logits stay within +-softcap
-    value_residual: bool = True             # mix the first layer's values into every layer's
-    embedding_skip: bool = True             # mix the embedding into every layer's input
-    unet_skips: bool = False                # add layer i's input to that of layer L - i
-    norm_eps: float = 1e-6
-    classifier_dropout: float = 0.1         # probability, before the classifier of a finetuned model
-    tie_word_embeddings: bool = True
+    # Set by the data, not by flags
+    vocab_size: int = 50_368
+    max_position_embeddings: int = 1024  # the longest document it was trained on; RoPE itself has no limit
     pad_token_id: Optional[int] = None
     cls_token_id: Optional[int] = None
     sep_token_id: Optional[int] = None
     mask_token_id: Optional[int] = None
+
+    num_hidden_layers: int = option(22, "layers")
+    hidden_size: int = option(768, "width of the residual stream; a multiple of 64")
+    num_attention_heads: int = option(12, "attention heads")
+    intermediate_size: int = option(1152, "width of GeGLU; a multiple of 64")
+    global_attention_every: int = option(3, "layers; layers 0, 3, 6, ... attend to the whole document, the others locally")
+    local_attention_window: int = option(128, "tokens that a local layer sees, half of them to each side")
+    frequency_base: float = option(10_000.0, "RoPE's theta")
+    logit_softcap: float = option(30.0, "logits stay within plus and minus this")
+    value_residual: bool = option(True, "mix the first layer's values into every layer's")
+    embedding_skip: bool = option(True, "mix the embedding into every layer's input")
+    unet_skips: bool = option(False, "add the input of layer i to that of layer L - i")
+    norm_eps: float = option(1e-6, "added to the mean square in RMSNorm")
+    classifier_dropout: float = option(0.1, "probability, before the classifier of a finetuned model")
+    tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
         kwargs.setdefault("auto_map", {

@@ -17,6 +17,8 @@ their folders into one and run any of the commands there again: it finds its par
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import glob
 import hashlib
 import json
@@ -38,7 +40,7 @@ SPLITS = ("train", "valid", "test")
 READ_CHARACTERS = 8_000_000  # a batch for the tokenizer: large enough to keep every core busy to its end
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-COMPRESSIONS = (".gz", ".xz", ".bz2")
+COMPRESSIONS = {".gz": 2.7, ".xz": 3.7, ".bz2": 3.7, ".parquet": 1.7}  # characters in a byte, for the estimate of the time left
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,7 +61,7 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def open_source(args: argparse.Namespace):
-    """The source as a stream of Arrow tables, and its description for the manifest."""
+    """The source as a stream of Arrow tables, the characters in each of its files (estimated, 1 where unknown), its description."""
     from datasets import load_dataset
     from huggingface_hub import HfApi
 
@@ -74,35 +76,65 @@ def open_source(args: argparse.Namespace):
         options = {"sample_by": args.sample_by} if reader == "text" else {}
         stream = load_dataset(reader, data_files=files, split="train", streaming=True, **options)
         source = {"files": [{"name": Path(file).name, "bytes": os.path.getsize(file)} for file in files], **options}
+        sizes = [file["bytes"] * COMPRESSIONS.get(Path(file["name"]).suffix, 1) for file in source["files"]]
     else:
         name = args.name or ("sample-10BT" if args.dataset == FINEWEB_EDU else None)
         revision = HfApi().dataset_info(args.dataset, revision=args.revision).sha
         stream = load_dataset(args.dataset, name, revision=revision, split="train", streaming=True)
         source = {"dataset": args.dataset, "name": name, "revision": revision}
+        splits = stream.info.splits or {}
+        sizes = [splits["train"].num_bytes / stream.num_shards if "train" in splits else 1] * stream.num_shards
     columns = stream.column_names or list(next(iter(stream)))
     if args.text_field not in columns:
         raise InputError(f"the data has no column {args.text_field!r}: choose --text_field out of {', '.join(columns)}")
-    return stream.select_columns(args.text_field).with_format("arrow"), {**source, "text_field": args.text_field}
+    return stream.select_columns(args.text_field).with_format("arrow"), sizes, {**source, "text_field": args.text_field}
 
 
-def read_texts(stream, text_field: str):
-    """Yields (texts, position after them); blank texts are no documents."""
+def read_texts(stream, sizes: list[float], text_field: str, part: int = 0, parts: int = 1, position: list | None = None):
+    """Yields (texts, position after them) of one part of the work; blank texts are no documents.
+
+    Files are read side by side, in up to 16 lanes and in proportion to their sizes: every shard then holds text of all
+    files, which a loader that shuffles within shards can mix.
+    """
+    share_files = stream.num_shards % parts == 0
+    if share_files:
+        stream, sizes = stream.shard(parts, part, contiguous=False), sizes[part::parts]
+    num_lanes = min(16, stream.num_shards)
+    lanes = [stream.shard(num_lanes, i, contiguous=False) for i in range(num_lanes)]
+    weights = [sum(sizes[i::num_lanes]) for i in range(num_lanes)]
+    position = position or [{"state": None, "characters": 0, "ended": False} for _ in lanes]
+    for lane, start in zip(lanes, position):
+        if start["state"]:
+            lane.load_state_dict(start["state"])
+    tables = [lane.iter(batch_size=500) for lane in lanes]
     texts, characters = [], 0
-    for table in stream.iter(batch_size=500):
+    while open_lanes := [i for i in range(len(lanes)) if not position[i]["ended"]]:
+        i = min(open_lanes, key=lambda i: position[i]["characters"] / weights[i])
+        table = next(tables[i], None)
+        if table is None:
+            position[i]["ended"] = True
+            continue
         for text in table[text_field].to_pylist():
             if text is not None and not isinstance(text, str):
                 raise InputError(f"column {text_field!r} holds {type(text).__name__}, not text: choose another --text_field")
             if text and not text.isspace():
-                texts.append(text)
-                characters += len(text)
+                position[i]["characters"] += len(text)
+                if share_files or int.from_bytes(digest_of(text)[8:], "big") % parts == part:
+                    texts.append(text)
+                    characters += len(text)
+        position[i]["state"] = lanes[i].state_dict()
         if characters >= READ_CHARACTERS:
-            yield texts, stream.state_dict()
+            yield texts, copy.deepcopy(position)
             texts, characters = [], 0
-    yield texts, stream.state_dict()
+    yield texts, position
+
+
+def digest_of(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def split_of(text: str, valid_fraction: float, test_fraction: float) -> str:
-    place = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
+    place = int.from_bytes(digest_of(text)[:8], "big") / 2**64
     return "valid" if place < valid_fraction else "test" if place < valid_fraction + test_fraction else "train"
 
 
@@ -199,11 +231,13 @@ def encode(fast, batches):
 class ShardWriter:
     """Collects the documents of each split and writes a shard whenever the next document would not fit."""
 
-    def __init__(self, out: Path, prefix: str, shard_size: int, part: int, parts: int, cls: int):
-        self.out, self.prefix, self.shard_size, self.part, self.parts, self.cls = out, prefix, shard_size, part, parts, cls
+    def __init__(self, out: Path, prefix: str, shard_size: int, cls: int, sep: int, part: int = 0, parts: int = 1):
+        self.out, self.prefix, self.shard_size, self.cls, self.sep, self.part, self.parts = out, prefix, shard_size, cls, sep, part, parts
         self.shards, self.pending, self.waiting = {}, {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0)
 
-    def add(self, split: str, document: np.ndarray) -> None:
+    def add(self, split: str, ids: list[int]) -> None:
+        document = np.empty(len(ids) + 2, dtype="<u2")
+        document[0], document[1:-1], document[-1] = self.cls, ids, self.sep
         if self.waiting[split] and self.waiting[split] + len(document) > self.shard_size:
             self.flush(split)
         self.pending[split].append(document)
@@ -220,7 +254,7 @@ class ShardWriter:
                                   "sha256": sha256_of(path)}
         self.pending[split], self.waiting[split] = [], 0
 
-    def save(self, path: Path, settings: dict, position: dict) -> None:
+    def save(self, path: Path, settings: dict, position: list) -> None:
         """The state to resume from. Shards written after it are written again, with the same bytes."""
         state = json.dumps({"settings": settings, "shards": self.shards, "position": position})
         with open(path.with_suffix(".tmp"), "wb") as file:
@@ -229,7 +263,7 @@ class ShardWriter:
             os.fsync(file.fileno())
         os.replace(path.with_suffix(".tmp"), path)
 
-    def restore(self, path: Path, settings: dict) -> dict:
+    def restore(self, path: Path, settings: dict) -> list:
         saved = np.load(path)
         state = json.loads(str(saved["state"]))
         check_settings(path, state["settings"], settings)
@@ -244,7 +278,7 @@ def check_settings(path: Path, found: dict, wanted: dict) -> None:
         raise InputError(f"{path} was made with another {', '.join(different)}: choose another --out, or delete that folder first")
 
 
-def pack(encoded, writer: ShardWriter, state_path: Path, settings: dict, fractions: tuple, specials: tuple, max_tokens, num_files) -> None:
+def pack(encoded, writer: ShardWriter, state_path: Path, settings: dict, fractions: tuple, max_tokens: int | None, size: float) -> None:
     tokens = sum(entry["tokens"] for entry in writer.shards.values()) + sum(writer.waiting.values())
     with tqdm(total=max_tokens, initial=tokens, unit="tok", unit_scale=True, desc="packing", mininterval=1) as bar:
         for texts, encodings, position in encoded:
@@ -253,25 +287,18 @@ def pack(encoded, writer: ShardWriter, state_path: Path, settings: dict, fractio
                 ids = encoding.ids
                 if max_tokens is not None and tokens + len(ids) + 2 > max_tokens:
                     return
-                document = np.empty(len(ids) + 2, dtype="<u2")
-                document[0], document[1:-1], document[-1] = specials[0], ids, specials[1]
-                writer.add(split_of(text, *fractions), document)
-                tokens += len(document)
+                writer.add(split_of(text, *fractions), ids)
+                tokens += len(ids) + 2
             if len(writer.shards) > shards_before:
                 writer.save(state_path, settings, position)
-            if max_tokens is None and (files := files_done(position)):
-                bar.total = max(tokens, tokens * num_files // files)
+            read = sum(lane["characters"] for lane in position)
+            if max_tokens is None and size > read > 0:
+                bar.total = int(tokens * size / read)
             bar.update(tokens - tokens_before)
 
 
-def files_done(position: dict) -> int:
-    while "examples_iterable" in position:
-        position = position["examples_iterable"]
-    return position.get("shard_idx", 0)
-
-
-def write_part(path: Path, manifest: dict) -> None:
-    path.with_suffix(".tmp").write_text(json.dumps(manifest, indent=1) + "\n")
+def write_json(path: Path, content: dict) -> None:
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n")
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -300,43 +327,38 @@ def main() -> None:
     parser.add_argument("--max_tokens", type=int, help="stop at this many tokens, all splits and parts together (none: all of the text)")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="do part I of N (I from 0) of the work")
     args = parser.parse_args()
-    from datasets.distributed import split_dataset_by_node
-
     try:
         part, parts = (int(number) for number in args.shard.split("/"))
     except ValueError:
         part, parts = 0, 0
     if not 0 <= part < parts:
         raise InputError(f"--shard {args.shard} is not I/N with I from 0 to N - 1, such as 0/4")
+
+    tokenizer_name = Path(args.tokenizer).resolve().name if Path(args.tokenizer).is_dir() else args.tokenizer
     copy_tokenizer(args.tokenizer, args.out / "tokenizer")
-    fast, tokenizer = load_tokenizer(args.out / "tokenizer", Path(args.tokenizer).name if Path(args.tokenizer).is_dir() else args.tokenizer)
-    stream, source = open_source(args)
+    fast, tokenizer = load_tokenizer(args.out / "tokenizer", tokenizer_name)
+    stream, sizes, source = open_source(args)
     fractions = (args.valid_fraction, args.test_fraction)
-    settings = {"format": 1, "tokenizer": tokenizer, "split_rule": "blake2b-64(text) / 2^64: valid below {}, test below that + {}, "
-                "else train".format(*fractions), "source": {**source, "shard_size": args.shard_size, "max_tokens": args.max_tokens}}
+    settings = {
+        "format": 1, "tokenizer": tokenizer, "source": {**source, "shard_size": args.shard_size, "max_tokens": args.max_tokens},
+        "split_rule": "blake2b(text) / 2^64: valid below {}, then test up to {} more, the rest train".format(*fractions)}
     name = "manifest.json" if parts == 1 else f"manifest_part_{part}of{parts}.json"
-    prefix = args.prefix or ("fwedu" if source.get("dataset") == FINEWEB_EDU else "text")
 
     if (args.out / name).exists():
         check_settings(args.out / name, json.loads((args.out / name).read_text()), settings)
-        print(f"{args.out / name}: this part is done already")
+        print(f"{args.out / name}: done already")
     else:
-        stream = split_dataset_by_node(stream, rank=part, world_size=parts)
-        writer = ShardWriter(args.out, prefix, args.shard_size, part, parts, tokenizer["cls"])
+        prefix = args.prefix or ("fwedu" if source.get("dataset") == FINEWEB_EDU else "text")
+        writer = ShardWriter(args.out, prefix, args.shard_size, tokenizer["cls"], tokenizer["sep"], part, parts)
         state_path = args.out / f"resume_{part}of{parts}.npz"
-        if state_path.exists():
-            stream.load_state_dict(writer.restore(state_path, settings))
-        encoded = in_background(encode(fast, in_background(read_texts(stream, args.text_field))))
+        position = writer.restore(state_path, settings) if state_path.exists() else None
+        texts = in_background(read_texts(stream, sizes, args.text_field, part, parts, position))
         max_tokens = None if args.max_tokens is None else args.max_tokens // parts
-        pack(encoded, writer, state_path, settings, fractions, (tokenizer["cls"], tokenizer["sep"]), max_tokens, stream.num_shards)
-        encoded.close()
+        with contextlib.closing(in_background(encode(fast, texts))) as encoded:
+            pack(encoded, writer, state_path, settings, fractions, max_tokens, sum(sizes) / parts)
         for split in SPLITS:
             writer.flush(split)
-        manifest = {**settings, "shards": dict(sorted(writer.shards.items()))}
-        if parts == 1:
-            write_manifest(args.out, manifest)
-        else:
-            write_part(args.out / name, manifest)
+        write_json(args.out / name, {**settings, "shards": dict(sorted(writer.shards.items()))})
         state_path.unlink(missing_ok=True)
     if parts > 1 and not merge_parts(args.out, parts):
         print(f"{args.out}: manifest.json follows when all {parts} parts are here")

@@ -1,0 +1,121 @@
+"""Downloads packed fineweb-edu (ModernBERT's tokens, about 100M a shard): N training shards, one for validation, one for testing.
+
+    python data/download_fineweb_edu.py --num_chunks 10
+
+Run it again after an interruption, or with a larger number: what is there and whole stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.pack_fineweb_edu import copy_tokenizer, load_tokenizer  # noqa: E402
+from dataloading import HEADER_BYTES, InputError, read_shard, sha256_of, write_manifest  # noqa: E402
+
+REPO = "lapp0/packed_fineweb_edu"
+TOKENIZER = "answerdotai/ModernBERT-base"
+
+
+def list_shards(repo: str, pattern: str) -> tuple[str, dict[str, tuple]]:
+    """The commit of a dataset repo, and {name: (what the pattern's groups matched, file on the Hub)} of its shards, sorted."""
+    from huggingface_hub import HfApi
+
+    revision = HfApi().dataset_info(repo).sha
+    files = {file.path: file for file in HfApi().list_repo_tree(repo, repo_type="dataset", revision=revision) if hasattr(file, "size")}
+    return revision, {name: (*re.fullmatch(pattern, name).groups(), files[name]) for name in sorted(files) if re.fullmatch(pattern, name)}
+
+
+def check_shard(path: Path, remote) -> str | None:
+    """What is wrong with a file, judged by its header, its size and, where the Hub knows it, its hash."""
+    try:
+        size = HEADER_BYTES + 2 * len(read_shard(path))
+    except InputError as error:
+        return str(error)
+    if size != remote.size:
+        return f"{path} has {size:,} bytes, the Hub's file {remote.size:,}"
+    if remote.lfs and sha256_of(path) != remote.lfs.sha256:
+        return f"{path} is not the Hub's file (its sha256 differs)"
+    return None
+
+
+def download_shards(repo: str, revision: str, remotes: dict, out: Path, threads: int) -> None:
+    """Downloads shards in parallel. Raises InputError with the names of those that failed once the others are done."""
+    from huggingface_hub import hf_hub_download
+
+    out.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=sum(remote.size for remote in remotes.values()), unit="B", unit_scale=True, desc=repo, mininterval=1) as total:
+
+        class FilePart(tqdm):
+            """Passes the progress of one file on to the one bar."""
+
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **{**kwargs, "disable": True})
+                total.update(kwargs.get("initial") or 0)
+
+            def update(self, n=1):
+                total.update(n)
+
+        def fetch(name: str) -> str | None:
+            path = out / name
+            try:
+                if path.exists() and check_shard(path, remotes[name]) is None:
+                    total.update(remotes[name].size)
+                    return None
+                path.unlink(missing_ok=True)
+                hf_hub_download(repo, name, repo_type="dataset", revision=revision, local_dir=out, tqdm_class=FilePart)
+                fault = check_shard(path, remotes[name])
+                if fault:
+                    path.unlink()
+            except Exception as error:  # one file's failure must not hide another's
+                fault = " ".join(str(error).split()) or type(error).__name__
+            return fault and f"{name} ({fault})"
+
+        with ThreadPoolExecutor(threads) as pool:
+            failed = [fault for fault in pool.map(fetch, remotes) if fault]
+    if failed:
+        raise InputError(f"{len(failed)} of {len(remotes)} files failed, run the same command again: {'; '.join(failed)}")
+
+
+def write_download_manifest(out: Path, repo: str, revision: str, splits: dict[str, str], tokenizer: dict, mark: int) -> None:
+    """`mark` is the token that occurs exactly once in each document."""
+    shards = {}
+    for name, split in tqdm(splits.items(), unit="file", desc="manifest"):
+        tokens = read_shard(out / name)
+        documents = sum(int(np.count_nonzero(tokens[i : i + 2**24] == mark)) for i in range(0, len(tokens), 2**24))
+        shards[name] = {"split": split, "tokens": len(tokens), "documents": documents, "sha256": sha256_of(out / name)}
+    write_manifest(out, {"format": 1, "tokenizer": tokenizer, "source": {"dataset": repo, "revision": revision},
+                         "split_rule": "as published", "shards": shards})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_chunks", type=int, required=True, help="training shards, of about 100M tokens and 200 MB each")
+    parser.add_argument("--out", type=Path, default=Path("data/fineweb_edu"), help="folder for shards, manifest and tokenizer")
+    parser.add_argument("--threads", type=int, default=8, help="files fetched at the same time")
+    args = parser.parse_args()
+    revision, found = list_shards(REPO, r"fwedu_(train|valid|test)_(\d{6})\.bin")
+    train = [name for name, (split, *_) in found.items() if split == "train"]
+    if not 1 <= args.num_chunks <= len(train):
+        raise InputError(f"--num_chunks {args.num_chunks} is not between 1 and {len(train)}, the training shards of {REPO}")
+    wanted = train[: args.num_chunks] + ["fwedu_valid_000000.bin", "fwedu_test_000000.bin"]
+    if missing := [name for name in wanted if name not in found]:
+        raise InputError(f"{REPO} has no {', '.join(missing)}")
+    download_shards(REPO, revision, {name: found[name][-1] for name in wanted}, args.out, args.threads)
+    copy_tokenizer(TOKENIZER, args.out / "tokenizer")
+    _, tokenizer = load_tokenizer(args.out / "tokenizer", TOKENIZER)
+    write_download_manifest(args.out, REPO, revision, {name: found[name][0] for name in wanted}, tokenizer, tokenizer["cls"])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")

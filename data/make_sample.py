@@ -1,0 +1,219 @@
+"""Builds a sample to train and finetune on with no network: the English in the documentation strings of Python and of the
+packages this project requires, a tokenizer trained on it, and a labelled pair task made from it.
+
+    python data/make_sample.py
+    python data/make_sample.py --vocab_size 16384 --out data/sample_16k
+
+Beside shards and manifest lies pairs/{train,validation,test}.jsonl: does this description (`text`) belong to this summary
+(`text_pair`)? Label 1: both are of one documentation string; label 0: the summary is a neighbour's, of the same package. Every
+summary and every description is used once, so that none gives its label away by turning up twice.
+The same environment gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import json
+import multiprocessing
+import os
+import platform
+import re
+import sys
+import sysconfig
+import tempfile
+import warnings
+from collections import defaultdict
+from importlib import metadata
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from data.pack_fineweb_edu import SPLITS, ShardWriter, digest_of, load_tokenizer, split_of  # noqa: E402
+from data.train_tokenizer import train_tokenizer  # noqa: E402
+from dataloading import InputError, write_manifest  # noqa: E402
+
+MIN_CHARACTERS = 150
+SPLIT_FRACTIONS = (0.05, 0.05)  # a small corpus: 1% would be too little to tell two runs apart
+PAIR_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
+PROSE = re.compile(r"[A-Z][^\n]*(?:\n[A-Za-z][^\n]*)*\Z")  # starts like a sentence, no line indented or a list item
+SECTION = re.compile(r"(?:^|\n)(?:[-=~^]{3,}|\S.{0,40}:$|:\w+|\.\. |@\w+)", re.MULTILINE)
+CODE_WORD = re.compile(r"\w*(?:[a-z][A-Z]|[A-Z]{2}|_|\d)\w*|`[^`]+`")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents
+
+
+def required_packages() -> dict[str, str]:
+    """Name and version of every installed package that requirements.txt asks for, and of those that these ask for."""
+    waiting = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1].isalnum()]
+    found = {}
+    while waiting:
+        name = re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", waiting.pop())[0]).lower()
+        try:
+            package = metadata.distribution(name)
+        except metadata.PackageNotFoundError:  # a requirement of other platforms
+            continue
+        if name not in found:
+            found[name] = package.version
+            waiting += [line for line in package.requires or [] if "extra ==" not in line]
+    return {"python": platform.python_version(), **dict(sorted(found.items()))}
+
+
+def source_files(package: str) -> list[str]:
+    if package == "python":
+        library = Path(sysconfig.get_path("stdlib"))
+        paths = [(path.relative_to(library), path) for path in library.rglob("*.py")]
+    else:
+        paths = [(Path(file), Path(file.locate())) for file in metadata.files(package) or [] if file.suffix == ".py"]
+    unwanted = {"test", "tests", "site-packages", "dist-packages", "__pycache__"}
+    return [str(path) for relative, path in sorted(paths) if not unwanted & set(relative.parts)]
+
+
+def read_docstrings(path: str) -> list[tuple[str, str]]:
+    """(name, text) of each documentation string in a file, in order, without its code examples."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other people's invalid escapes
+            tree = ast.parse(Path(path).read_bytes())
+    except (SyntaxError, ValueError, RecursionError, OSError):  # a template, or syntax of another Python
+        return []
+    docstrings = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
+            paragraphs = [part.rstrip() for part in re.split(r"\n\s*\n", text) if ">>>" not in part and "```" not in part]
+            text = "\n\n".join(paragraphs)
+            if len(text) >= MIN_CHARACTERS and sum(map(str.isalpha, text)) >= 0.6 * len(text):
+                docstrings.append((getattr(node, "name", Path(path).stem), text))
+    return docstrings
+
+
+def read_documents(packages: list[str]) -> list[tuple[str, str, str]]:
+    """(package, name, text), no paragraph of more than a few words twice, names and numbers in it disregarded."""
+    files = [(package, path) for package in packages for path in source_files(package)]
+    documents, seen = [], set()
+    # spawn: the caller may hold threads and locks that a fork would copy
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        read = pool.imap(read_docstrings, [path for _, path in files], chunksize=32)
+        for (package, _), docstrings in zip(files, tqdm(read, total=len(files), unit="file", desc="reading")):
+            for name, text in docstrings:
+                new = []
+                for paragraph in text.split("\n\n"):
+                    key = " ".join(re.findall(r"\b[a-z]+\b", paragraph))
+                    if len(key) < 40 or key not in seen:
+                        new.append(paragraph)
+                        seen.add(key)
+                text = "\n\n".join(new)
+                if len(text) >= MIN_CHARACTERS:
+                    documents.append((package, name, text))
+    return documents
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs
+
+
+def find_pair(name: str, text: str) -> tuple[str, str] | None:
+    """(description, summary) if a text begins with a summary and more prose, and the two share no name of the code."""
+    prose = []
+    for paragraph in text.split("\n\n"):
+        if not PROSE.match(paragraph) or SECTION.search(paragraph) or sum(map(len, prose)) > 500:
+            break
+        prose.append(" ".join(paragraph.split()))
+    if not prose:
+        return None
+    summary, *more = re.split(r"(?<=[.!?])\s+(?=[A-Z])", prose[0], maxsplit=1)
+    description = " ".join(more + prose[1:])
+    if not 20 <= len(summary) <= 150 or not 60 <= len(description) <= 1000:
+        return None
+    both = words_of(summary) & words_of(description)
+    return None if name.lower() in both or shared_names(description, summary) else (description, summary)
+
+
+def words_of(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def shared_names(description: str, summary: str) -> set[str]:
+    return {name.strip("`") for name in CODE_WORD.findall(description)} & {name.strip("`") for name in CODE_WORD.findall(summary)}
+
+
+def make_pairs(documents: list[tuple[str, str, str]]) -> dict[str, list[dict]]:
+    groups, used = defaultdict(list), set()
+    for package, name, text in documents:
+        pair = find_pair(name, text)
+        if pair and not used & {part.lower() for part in pair}:
+            used |= {part.lower() for part in pair}
+            groups[split_of(text, *SPLIT_FRACTIONS), package].append(pair)
+    pairs = {split: [] for split in SPLITS}
+    for (split, _), group in groups.items():
+        # Half of a package's pairs stay as they are. In the other half each description gets its successor's summary: mostly
+        # of the same module, and what it says, how long it is and which package it is of say nothing about the label.
+        drawn = set(sorted(group, key=lambda pair: digest_of(pair[0]))[::2])
+        chosen = [pair for pair in group if pair in drawn]
+        kept = [(*pair, 1) for pair in group if pair not in drawn]
+        swapped = []
+        for (description, own), (_, other) in zip(chosen, chosen[1:] + chosen[:1]):
+            common, all_words = words_of(own) & words_of(other), words_of(own) | words_of(other)
+            if len(common) < 0.5 * len(all_words) and not shared_names(description, other):
+                swapped.append((description, other, 0))
+        number = min(len(kept), len(swapped))
+        pairs[split] += kept[:number] + swapped[:number]
+    return {split: [{"text": text, "text_pair": text_pair, "label": label, "idx": idx} for idx, (text, text_pair, label)
+                    in enumerate(sorted(rows, key=lambda row: digest_of(row[0])))] for split, rows in pairs.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sample
+
+
+def make_sample(out: Path, vocab_size: int = 8192, packages: list[str] | None = None) -> None:
+    """Builds the sample beside `out` and moves it there when it is complete."""
+    versions = required_packages()
+    documents = read_documents(packages or list(versions))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}_", dir=out.parent) as directory:
+        build = Path(directory) / "new"
+        (build / "pairs").mkdir(parents=True)
+        for split, rows in make_pairs(documents).items():
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (build / "pairs" / f"{PAIR_SPLITS[split]}.jsonl").write_text(lines, encoding="utf-8")
+        texts = sorted((text for _, _, text in documents), key=digest_of)  # so that packages mix
+        splits = [split_of(text, *SPLIT_FRACTIONS) for text in texts]
+        print(f"training a tokenizer of {vocab_size:,} entries on {sum(map(len, texts)):,} characters", flush=True)
+        train_tokenizer([[text for text, split in zip(texts, splits) if split == "train"]], vocab_size, build / "tokenizer")
+        fast, tokenizer = load_tokenizer(build / "tokenizer", f"{out.name}/tokenizer")
+        writer = ShardWriter(build, "sample", 100_000_000, tokenizer["cls"], tokenizer["sep"])
+        for start in tqdm(range(0, len(texts), 2000), unit="batch", desc="packing"):
+            batch = slice(start, start + 2000)
+            for split, encoding in zip(splits[batch], fast.encode_batch_fast(texts[batch], add_special_tokens=False)):
+                writer.add(split, encoding.ids)
+        for split in SPLITS:
+            writer.flush(split)
+        write_manifest(build, {
+            "format": 1, "tokenizer": tokenizer, "shards": writer.shards,
+            "source": {"documentation": {name: versions.get(name) for name in packages or versions}},
+            "split_rule": "blake2b(text) / 2^64: valid below {}, then test up to {} more, the rest train".format(*SPLIT_FRACTIONS)})
+        if out.exists():
+            os.replace(out, Path(directory) / "old")
+        os.replace(build, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "sample", help="folder for the sample; an older one is replaced")
+    parser.add_argument("--vocab_size", type=int, default=8192, help="entries of the tokenizer, special tokens included")
+    args = parser.parse_args()
+    make_sample(args.out, args.vocab_size)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
