@@ -6,7 +6,7 @@
         hub.files("model", "me/my-model", "step-001000")["config.json"]
 
 HF_ENDPOINT is read when huggingface_hub is imported, so what is tested runs in a process of its own with `hub.environment`.
-Any token is good, and belongs to the user "me". `fail_next = n` answers the next n requests with 500, `broken = "text"` every
+Any token is good, and belongs to the user "me". `fail_next = n` answers the next n requests with `fail_status`, `broken = "text"` every
 request whose path contains the text ("" is all of them), `cut_next = n` breaks off the next n downloads half way.
 """
 
@@ -33,6 +33,7 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.lock = threading.RLock()
         self.fail_next = self.cut_next = 0
+        self.fail_status = 500
         self.broken: str | None = None
 
     def __enter__(self) -> Hub:
@@ -101,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
             fails = hub.fail_next > 0 or (hub.broken is not None and hub.broken in path)
             hub.fail_next = max(0, hub.fail_next - 1)
         if fails:
-            return self.refuse(500, "StandInFails")
+            return self.refuse(hub.fail_status, "StandInFails")
         if path == "/api/whoami-v2":
             return self.answer({"name": "me", "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
         if path == "/api/validate-yaml":
