@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.pack_fineweb_edu import copy_tokenizer, load_tokenizer  # noqa: E402
+from data.train_tokenizer import bring_tokenizer, reading  # noqa: E402
 from dataloading import HEADER_BYTES, InputError, read_shard, sha256_of, write_manifest  # noqa: E402
 
 REPO = "lapp0/packed_fineweb_edu"
@@ -25,12 +25,15 @@ TOKENIZER = "answerdotai/ModernBERT-base"
 
 
 def list_shards(repo: str, pattern: str) -> tuple[str, dict[str, tuple]]:
-    """The commit of a dataset repo, and {name: (what the pattern's groups matched, file on the Hub)} of its shards, sorted."""
+    """The commit of a dataset repo, and {name: (split, file on the Hub)} of its shards in order; the split is group 1."""
     from huggingface_hub import HfApi
 
-    revision = HfApi().dataset_info(repo).sha
-    files = {file.path: file for file in HfApi().list_repo_tree(repo, repo_type="dataset", revision=revision) if hasattr(file, "size")}
-    return revision, {name: (*re.fullmatch(pattern, name).groups(), files[name]) for name in sorted(files) if re.fullmatch(pattern, name)}
+    with reading(f"{repo} on the Hugging Face Hub"):
+        revision = HfApi().dataset_info(repo).sha
+        entries = list(HfApi().list_repo_tree(repo, repo_type="dataset", revision=revision))
+    files = {entry.path: entry for entry in entries if hasattr(entry, "size")}  # folders have none
+    matches = {name: re.fullmatch(pattern, name) for name in sorted(files)}
+    return revision, {name: (match[1], files[name]) for name, match in matches.items() if match}
 
 
 def check_shard(path: Path, remote) -> str | None:
@@ -51,7 +54,8 @@ def download_shards(repo: str, revision: str, remotes: dict, out: Path, threads:
     from huggingface_hub import hf_hub_download
 
     out.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=sum(remote.size for remote in remotes.values()), unit="B", unit_scale=True, desc=repo, mininterval=1) as total:
+    size = sum(remote.size for remote in remotes.values())
+    with tqdm(total=size, unit="B", unit_scale=True, desc=repo, mininterval=1) as total:
 
         class FilePart(tqdm):
             """Passes the progress of one file on to the one bar."""
@@ -102,16 +106,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=8, help="files fetched at the same time")
     args = parser.parse_args()
     revision, found = list_shards(REPO, r"fwedu_(train|valid|test)_(\d{6})\.bin")
-    train = [name for name, (split, *_) in found.items() if split == "train"]
+    train = [name for name, (split, _) in found.items() if split == "train"]
     if not 1 <= args.num_chunks <= len(train):
         raise InputError(f"--num_chunks {args.num_chunks} is not between 1 and {len(train)}, the training shards of {REPO}")
     wanted = train[: args.num_chunks] + ["fwedu_valid_000000.bin", "fwedu_test_000000.bin"]
     if missing := [name for name in wanted if name not in found]:
         raise InputError(f"{REPO} has no {', '.join(missing)}")
-    download_shards(REPO, revision, {name: found[name][-1] for name in wanted}, args.out, args.threads)
-    copy_tokenizer(TOKENIZER, args.out / "tokenizer")
-    _, tokenizer = load_tokenizer(args.out / "tokenizer", TOKENIZER)
-    write_download_manifest(args.out, REPO, revision, {name: found[name][0] for name in wanted}, tokenizer, tokenizer["cls"])
+    download_shards(REPO, revision, {name: found[name][1] for name in wanted}, args.out, args.threads)
+    _, tokenizer = bring_tokenizer(TOKENIZER, args.out)
+    splits = {name: found[name][0] for name in wanted}
+    write_download_manifest(args.out, REPO, revision, splits, tokenizer, tokenizer["cls"])
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.download_fineweb_edu import TOKENIZER, download_shards, list_shards, write_download_manifest  # noqa: E402
-from data.pack_fineweb_edu import copy_tokenizer, load_tokenizer  # noqa: E402
 from data.pack_mnli import LABEL_END  # noqa: E402
+from data.train_tokenizer import bring_tokenizer  # noqa: E402
 from dataloading import InputError  # noqa: E402
 
 REPO = "lapp0/packed_glue_mnli"
@@ -27,12 +27,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=4, help="files fetched at the same time")
     args = parser.parse_args()
     revision, found = list_shards(REPO, r"mnli_(train|validation_matched|validation_mismatched)_(\d{6})\.bin")
-    splits = {name: split for name, (split, *_) in found.items()}
+    splits = {name: split for name, (split, _) in found.items()}
     if missing := {"train", "validation_matched"} - set(splits.values()):
         raise InputError(f"{REPO} has no shard of {', '.join(sorted(missing))}")
-    download_shards(REPO, revision, {name: remote for name, (*_, remote) in found.items()}, args.out, args.threads)
-    copy_tokenizer(TOKENIZER, args.out / "tokenizer")
-    _, tokenizer = load_tokenizer(args.out / "tokenizer", TOKENIZER)
+    download_shards(REPO, revision, {name: remote for name, (_, remote) in found.items()}, args.out, args.threads)
+    _, tokenizer = bring_tokenizer(TOKENIZER, args.out)
     write_download_manifest(args.out, REPO, revision, splits, tokenizer, LABEL_END)
 
 

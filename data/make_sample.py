@@ -5,8 +5,8 @@ packages this project requires, a tokenizer trained on it, and a labelled pair t
     python data/make_sample.py --vocab_size 16384 --out data/sample_16k
 
 Beside shards and manifest lies pairs/{train,validation,test}.jsonl: does this description (`text`) belong to this summary
-(`text_pair`)? Label 1: both are of one documentation string; label 0: the summary is a neighbour's, of the same package. Every
-summary and every description is used once, so that none gives its label away by turning up twice.
+(`text_pair`)? Label 1: both are of one documentation string; label 0: the summary is a neighbour's, of the same package.
+Every summary and every description is used once, so that none gives its label away by turning up twice.
 The same environment gives the same bytes.
 """
 
@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data.pack_fineweb_edu import SPLITS, ShardWriter, digest_of, load_tokenizer, split_of  # noqa: E402
-from data.train_tokenizer import train_tokenizer  # noqa: E402
+from data.pack_fineweb_edu import SPLITS, ShardWriter  # noqa: E402
+from data.train_tokenizer import bring_tokenizer, describe_split, digest_of, split_of, train_tokenizer  # noqa: E402
 from dataloading import InputError, write_manifest  # noqa: E402
 
 MIN_CHARACTERS = 150
@@ -104,8 +104,9 @@ def read_documents(packages: list[str]) -> list[tuple[str, str, str]]:
             for name, text in docstrings:
                 new = []
                 for paragraph in text.split("\n\n"):
-                    key = " ".join(re.findall(r"\b[a-z]+\b", paragraph))
-                    if len(key) < 40 or key not in seen:
+                    words = " ".join(re.findall(r"\b[a-z]+\b", paragraph))
+                    key = words if len(words) >= 40 else paragraph
+                    if len(paragraph) < 80 or key not in seen:
                         new.append(paragraph)
                         seen.add(key)
                 text = "\n\n".join(new)
@@ -119,7 +120,7 @@ def read_documents(packages: list[str]) -> list[tuple[str, str, str]]:
 
 
 def find_pair(name: str, text: str) -> tuple[str, str] | None:
-    """(description, summary) if a text begins with a summary and more prose, and the two share no name of the code."""
+    """(description, summary) if a text begins with a sentence and more prose, and the two share no name of the code."""
     prose = []
     for paragraph in text.split("\n\n"):
         if not PROSE.match(paragraph) or SECTION.search(paragraph) or sum(map(len, prose)) > 500:
@@ -140,7 +141,8 @@ def words_of(text: str) -> set[str]:
 
 
 def shared_names(description: str, summary: str) -> set[str]:
-    return {name.strip("`") for name in CODE_WORD.findall(description)} & {name.strip("`") for name in CODE_WORD.findall(summary)}
+    in_description, in_summary = ({name.strip("`") for name in CODE_WORD.findall(text)} for text in (description, summary))
+    return in_description & in_summary
 
 
 def make_pairs(documents: list[tuple[str, str, str]]) -> dict[str, list[dict]]:
@@ -186,19 +188,20 @@ def make_sample(out: Path, vocab_size: int = 8192, packages: list[str] | None = 
         texts = sorted((text for _, _, text in documents), key=digest_of)  # so that packages mix
         splits = [split_of(text, *SPLIT_FRACTIONS) for text in texts]
         print(f"training a tokenizer of {vocab_size:,} entries on {sum(map(len, texts)):,} characters", flush=True)
-        train_tokenizer([[text for text, split in zip(texts, splits) if split == "train"]], vocab_size, build / "tokenizer")
-        fast, tokenizer = load_tokenizer(build / "tokenizer", f"{out.name}/tokenizer")
+        trained = Path(directory) / f"documentation-{vocab_size}"
+        train_tokenizer([[text for text, split in zip(texts, splits) if split == "train"]], vocab_size, trained)
+        backend, tokenizer = bring_tokenizer(str(trained), build)
         writer = ShardWriter(build, "sample", 100_000_000, tokenizer["cls"], tokenizer["sep"])
         for start in tqdm(range(0, len(texts), 2000), unit="batch", desc="packing"):
             batch = slice(start, start + 2000)
-            for split, encoding in zip(splits[batch], fast.encode_batch_fast(texts[batch], add_special_tokens=False)):
+            for split, encoding in zip(splits[batch], backend.encode_batch_fast(texts[batch], add_special_tokens=False)):
                 writer.add(split, encoding.ids)
         for split in SPLITS:
             writer.flush(split)
         write_manifest(build, {
             "format": 1, "tokenizer": tokenizer, "shards": writer.shards,
             "source": {"documentation": {name: versions.get(name) for name in packages or versions}},
-            "split_rule": "blake2b(text) / 2^64: valid below {}, then test up to {} more, the rest train".format(*SPLIT_FRACTIONS)})
+            "split_rule": describe_split(*SPLIT_FRACTIONS)})
         if out.exists():
             os.replace(out, Path(directory) / "old")
         os.replace(build, out)

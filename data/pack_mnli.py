@@ -1,7 +1,8 @@
 """Packs a labelled set, MNLI unless told otherwise: each document becomes `[CLS] label 65535 text [SEP] text_pair [SEP]`.
 
     python data/pack_mnli.py --out data/mnli
-    python data/pack_mnli.py --files train=reviews.csv test='held_out/*.json' --text review --text_pair none --label stars --out data/reviews
+    python data/pack_mnli.py --files train=reviews.csv test='held_out/*.csv' --text review --text_pair none --label stars \\
+        --prefix reviews --out data/reviews
 
 Labels are the set's own whole numbers; labels that are words are numbered in alphabetical order over all splits and listed in
 the manifest. A missing label (-1 in GLUE's test sets) is stored as 65534. One shard a split, {prefix}_{split}_000000.bin.
@@ -18,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.pack_fineweb_edu import READERS, copy_tokenizer, load_tokenizer  # noqa: E402
+from data.train_tokenizer import READERS, bring_tokenizer, reading  # noqa: E402
 from dataloading import InputError, sha256_of, write_manifest, write_shard  # noqa: E402
 
 LABEL_END = 65535  # between the label and the text
@@ -32,8 +33,10 @@ def open_splits(args: argparse.Namespace):
 
     if not args.files:
         name = args.name or ("mnli" if args.dataset == "nyu-mll/glue" else None)
-        revision = HfApi().dataset_info(args.dataset, revision=args.revision).sha
-        return load_dataset(args.dataset, name, revision=revision), {"dataset": args.dataset, "name": name, "revision": revision}
+        with reading(f"{args.dataset} on the Hugging Face Hub"):
+            revision = HfApi().dataset_info(args.dataset, revision=args.revision).sha
+            splits = load_dataset(args.dataset, name, revision=revision)
+        return splits, {"dataset": args.dataset, "name": name, "revision": revision}
     files = {split: sorted(glob.glob(pattern)) for split, _, pattern in (item.partition("=") for item in args.files)}
     if empty := [split for split in files if not files[split]]:
         raise InputError(f"no file matches --files {', '.join(empty)}=...: write SPLIT=GLOB, such as train='reviews/*.csv'")
@@ -41,20 +44,22 @@ def open_splits(args: argparse.Namespace):
     readers = {**READERS, ".csv": "csv"}
     if len(kinds) > 1 or not kinds <= set(readers):
         raise InputError(f"--files must be all .csv, all .json or .jsonl, or all .parquet, found {', '.join(sorted(kinds))}")
-    return (load_dataset(readers[kinds.pop()], data_files=files),
-            {"files": {split: [Path(path).name for path in paths] for split, paths in files.items()}})
+    with reading(f"--files {' '.join(args.files)}"):
+        splits = load_dataset(readers[kinds.pop()], data_files=files)
+    return splits, {"files": {split: [Path(path).name for path in paths] for split, paths in files.items()}}
 
 
 def number_labels(splits: dict, column: str) -> tuple[dict, list | None]:
     """{split: labels as the shards store them}, and the names of the labels where they are words."""
-    raw = {split: rows[column] for split, rows in splits.items()}
-    raw = {split: list(labels) for split, labels in raw.items()}
+    raw = {split: list(rows[column]) for split, rows in splits.items()}
     known = {label for labels in raw.values() for label in labels if label is not None}
     names = sorted(known) if all(isinstance(label, str) for label in known) else None
     if not names and not all(isinstance(label, int) and -1 <= label < NO_LABEL for label in known):
-        raise InputError(f"column {column!r} holds neither words nor whole numbers from 0 to {NO_LABEL - 1}: choose another --label")
+        raise InputError(f"column {column!r} holds neither words nor whole numbers from 0 to {NO_LABEL - 1}: "
+                         "choose another --label")
     number = {name: i for i, name in enumerate(names)} if names else {label: label for label in known}
-    return {split: [NO_LABEL if label in (None, -1) else number[label] for label in labels] for split, labels in raw.items()}, names
+    number |= {None: NO_LABEL, -1: NO_LABEL}
+    return {split: [number[label] for label in labels] for split, labels in raw.items()}, names
 
 
 def main() -> None:
@@ -75,19 +80,17 @@ def main() -> None:
     splits, source = open_splits(args)
     for split, rows in splits.items():
         if missing := set(columns + [args.label]) - set(rows.column_names):
-            raise InputError(f"{split} has no column {', '.join(sorted(missing))}: choose --text, --text_pair and --label out of "
-                             f"{', '.join(rows.column_names)}")
+            raise InputError(f"{split} has no column {', '.join(sorted(missing))}: choose --text, --text_pair and --label "
+                             f"out of {', '.join(rows.column_names)}")
     labels, names = number_labels(splits, args.label)
-    copy_tokenizer(args.tokenizer, args.out / "tokenizer")
-    tokenizer_name = Path(args.tokenizer).resolve().name if Path(args.tokenizer).is_dir() else args.tokenizer
-    fast, tokenizer = load_tokenizer(args.out / "tokenizer", tokenizer_name, max_vocab_size=NO_LABEL)
+    backend, tokenizer = bring_tokenizer(args.tokenizer, args.out, max_vocab_size=NO_LABEL)
 
     shards = {}
     for split, rows in splits.items():
         tokens, sep = [], [tokenizer["sep"]]
         for start in tqdm(range(0, len(rows), 1000), unit="batch", desc=split):
             batch = rows[start : start + 1000]
-            texts = [fast.encode_batch_fast(batch[column], add_special_tokens=False) for column in columns]
+            texts = [backend.encode_batch_fast(batch[column], add_special_tokens=False) for column in columns]
             for i, parts in enumerate(zip(*texts), start):
                 tokens += [tokenizer["cls"], labels[split][i], LABEL_END, *(token for part in parts for token in part.ids + sep)]
         path = args.out / f"{args.prefix}_{split}_000000.bin"

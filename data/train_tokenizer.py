@@ -3,22 +3,234 @@
     python data/train_tokenizer.py --vocab_size 32768 --max_characters 2_000_000_000 --out data/my_tokenizer
     python data/train_tokenizer.py --files 'corpus/*.jsonl.xz' --vocab_size 16384 --fraction 0.1 --out data/my_tokenizer
 
-The folder loads with `AutoTokenizer.from_pretrained`, and is what the packing scripts take as `--tokenizer`. Only documents of
-the train split are learnt from (the flags of data/pack_fineweb_edu.py, the same split).
+The folder loads with `AutoTokenizer.from_pretrained`, and is what the packing scripts take as `--tokenizer`. Only documents
+of the train split are learnt from (the split of data/pack_fineweb_edu.py, which takes the same flags for the text).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
+import glob
+import hashlib
+import os
+import queue
+import shutil
 import sys
+import threading
 import zlib
 from pathlib import Path
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.pack_fineweb_edu import add_source_flags, in_background, open_source, read_texts, split_of  # noqa: E402
-from dataloading import MAX_VOCAB_SIZE, SPECIAL_TOKENS, InputError  # noqa: E402
+from dataloading import MAX_VOCAB_SIZE, SPECIAL_TOKENS, InputError, sha256_of  # noqa: E402
+
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+COMPRESSIONS = {".gz": 2.7, ".xz": 3.7, ".bz2": 3.7, ".parquet": 1.7}  # characters in a byte, to estimate the time left
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@contextlib.contextmanager
+def reading(what: str):
+    """Turns what goes wrong while reading, an error of any of half a dozen libraries, into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"cannot read {what}: {reason[:300]}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The source: a stream of texts in an order that never changes, with a position that can be saved
+
+
+def add_source_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", default=FINEWEB_EDU, help="text set on the Hugging Face Hub; its train split is read")
+    parser.add_argument("--name", help="configuration of --dataset (fineweb-edu: sample-10BT unless given)")
+    parser.add_argument("--revision", help="commit, branch or tag of --dataset (its newest commit unless given)")
+    parser.add_argument("--files", nargs="+", metavar="GLOB", help="read these files instead, all of one type: "
+                        ".jsonl, .json, .txt (each also .gz, .xz, .bz2) or .parquet")
+    parser.add_argument("--text_field", default="text", help="column that holds the text")
+    parser.add_argument("--sample_by", choices=("paragraph", "line", "document"), default="paragraph",
+                        help="what one document is in a .txt: a paragraph (up to a blank line), a line, or the whole file")
+    parser.add_argument("--batch_characters", type=int, default=8_000_000,
+                        help="characters that the tokenizer gets at a time: enough to keep every core busy to the batch's end")
+    parser.add_argument("--valid_fraction", type=float, default=0.01, help="share of the documents kept for validation")
+    parser.add_argument("--test_fraction", type=float, default=0.01, help="share of the documents kept for testing")
+
+
+def open_source(args: argparse.Namespace):
+    """A stream of Arrow tables, the characters in each of its files (estimated; 1 where unknown), and its description."""
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+
+    if args.files:
+        files = sorted({file for pattern in args.files for file in glob.glob(pattern, recursive=True)})
+        if not files:
+            raise InputError(f"no file matches --files {' '.join(args.files)}")
+        kinds = {next((s for s in reversed(Path(file).suffixes) if s in READERS), "another") for file in files}
+        if len(kinds) > 1 or not kinds <= set(READERS):
+            raise InputError(f"--files must be all of one type out of {', '.join(READERS)}, found {', '.join(sorted(kinds))}")
+        reader = READERS[kinds.pop()]
+        options = {"sample_by": args.sample_by} if reader == "text" else {}
+        with reading(f"--files {' '.join(args.files)}"):
+            stream = load_dataset(reader, data_files=files, split="train", streaming=True, **options)
+        source = {"files": [{"name": Path(file).name, "bytes": os.path.getsize(file)} for file in files], **options}
+        sizes = [file["bytes"] * COMPRESSIONS.get(Path(file["name"]).suffix, 1) for file in source["files"]]
+    else:
+        name = args.name or ("sample-10BT" if args.dataset == FINEWEB_EDU else None)
+        with reading(f"{args.dataset} on the Hugging Face Hub"):
+            revision = HfApi().dataset_info(args.dataset, revision=args.revision).sha
+            stream = load_dataset(args.dataset, name, revision=revision, split="train", streaming=True)
+        source = {"dataset": args.dataset, "name": name, "revision": revision}
+        splits = stream.info.splits or {}
+        sizes = [splits["train"].num_bytes / stream.num_shards if "train" in splits else 1] * stream.num_shards
+    with reading("the data's first row"):
+        columns = stream.column_names or list(next(iter(stream)))
+    if args.text_field not in columns:
+        raise InputError(f"the data has no column {args.text_field!r}: choose --text_field out of {', '.join(columns)}")
+    source["text_field"] = args.text_field
+    return stream.select_columns(args.text_field).with_format("arrow"), sizes, source
+
+
+def read_texts(stream, sizes: list[float], text_field: str, batch_characters: int,
+               part: int = 0, parts: int = 1, position: list | None = None):
+    """Yields (texts, position after them) of one part of the work; blank texts are no documents.
+
+    Files are read side by side, in up to 16 lanes and in proportion to their sizes: every shard then holds text of all
+    files, which a loader that shuffles within shards can mix.
+    """
+    share_files = stream.num_shards % parts == 0
+    if share_files:
+        stream, sizes = stream.shard(parts, part, contiguous=False), sizes[part::parts]
+    num_lanes = min(16, stream.num_shards)
+    lanes = [stream.shard(num_lanes, i, contiguous=False) for i in range(num_lanes)]
+    weights = [sum(sizes[i::num_lanes]) or 1 for i in range(num_lanes)]
+    position = position or [{"state": None, "characters": 0, "ended": False} for _ in lanes]
+    for lane, start in zip(lanes, position):
+        if start["state"]:
+            lane.load_state_dict(start["state"])
+    tables = [lane.iter(batch_size=500) for lane in lanes]
+    texts, characters = [], 0
+    while open_lanes := [i for i in range(num_lanes) if not position[i]["ended"]]:
+        i = min(open_lanes, key=lambda i: position[i]["characters"] / weights[i])
+        with reading("the next texts"):
+            table = next(tables[i], None)
+        if table is None:
+            position[i]["ended"] = True
+            continue
+        for text in table[text_field].to_pylist():
+            if text is not None and not isinstance(text, str):
+                raise InputError(f"column {text_field!r} holds {type(text).__name__}, not text: choose another --text_field")
+            if text and not text.isspace():
+                position[i]["characters"] += len(text)
+                if share_files or int.from_bytes(digest_of(text)[8:], "big") % parts == part:
+                    texts.append(text)
+                    characters += len(text)
+        position[i]["state"] = lanes[i].state_dict()
+        if characters >= batch_characters:
+            yield texts, copy.deepcopy(position)
+            texts, characters = [], 0
+    yield texts, position
+
+
+def digest_of(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def split_of(text: str, valid_fraction: float, test_fraction: float) -> str:
+    place = int.from_bytes(digest_of(text)[:8], "big") / 2**64
+    return "valid" if place < valid_fraction else "test" if place < valid_fraction + test_fraction else "train"
+
+
+def describe_split(valid_fraction: float, test_fraction: float) -> str:
+    return f"first 8 bytes of blake2b-128(text) / 2^64: valid below {valid_fraction}, test in the {test_fraction} above, else train"
+
+
+def in_background(iterator, depth: int = 2):
+    """Runs a generator in a thread of its own, up to `depth` items ahead. Its exceptions are raised here."""
+    items, stop, end = queue.Queue(depth), threading.Event(), object()
+
+    def put(item) -> bool:
+        while not stop.is_set():
+            try:
+                items.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                pass
+        return False
+
+    def run():
+        try:
+            all(put((item, None)) for item in iterator)  # put is False, which ends the loop, once nobody listens
+            put((end, None))
+        except BaseException as error:  # whatever it is, it belongs to the listener
+            put((end, error))
+        finally:
+            iterator.close()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while (item := items.get())[0] is not end:
+            yield item[0]
+        if item[1] is not None:
+            raise item[1]
+    finally:
+        stop.set()
+        thread.join()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def bring_tokenizer(name: str, out: Path, max_vocab_size: int = MAX_VOCAB_SIZE):
+    """Checks a tokenizer (a folder or Hub id) and copies its files to out/tokenizer as they are: saved anew, they would
+    have another hash. Returns the backend, set to take special tokens in a text for plain text, and the manifest's entry.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from transformers import AutoTokenizer
+
+    files = {}
+    for file in TOKENIZER_FILES:
+        if Path(name).is_dir():
+            files[file] = Path(name) / file
+        else:
+            with reading(f"the tokenizer {name}"), contextlib.suppress(RemoteEntryNotFoundError):
+                files[file] = Path(hf_hub_download(name, file))
+    files = {file: path for file, path in files.items() if path.exists()}
+    if "tokenizer.json" not in files:
+        raise InputError(f"{name} has no tokenizer.json: choose a tokenizer that was saved in the fast format")
+    tokenizer = AutoTokenizer.from_pretrained(files["tokenizer.json"].parent)
+    if len(tokenizer) > max_vocab_size:
+        raise InputError(f"{name} has a vocabulary of {len(tokenizer):,} entries: shards (uint16) hold {max_vocab_size:,}")
+    ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in SPECIAL_TOKENS}
+    if missing := [kind for kind, token_id in ids.items() if token_id is None and kind != "unk"]:
+        raise InputError(f"{name} has no {', '.join(missing)} token: choose another, or run `python data/train_tokenizer.py`")
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # a "[MASK]" that somebody wrote is text
+    written = backend.encode(" ".join(tokenizer.all_special_tokens), add_special_tokens=False).ids
+    if set(written) & {ids["cls"], ids["sep"], ids["mask"]}:
+        raise InputError(f"{name} makes a special token of the text '[MASK]' even when told not to: choose another tokenizer")
+
+    (out / "tokenizer").mkdir(parents=True, exist_ok=True)
+    present, sha256 = out / "tokenizer" / "tokenizer.json", sha256_of(files["tokenizer.json"])
+    if present.exists() and sha256_of(present) != sha256:
+        raise InputError(f"{out} already holds the tokens of another tokenizer than {name}: choose another --out")
+    for file, path in files.items():
+        target, temporary = out / "tokenizer" / file, out / "tokenizer" / f"{file}.tmp"
+        if not target.exists() or target.read_bytes() != path.read_bytes():
+            shutil.copyfile(path, temporary)
+            os.replace(temporary, target)
+    shown = Path(name).resolve().name if Path(name).is_dir() else name
+    return backend, {"name": shown, "sha256": sha256, "vocab_size": len(tokenizer), **ids}
 
 
 def train_tokenizer(batches, vocab_size: int, out: Path) -> None:
@@ -27,36 +239,38 @@ def train_tokenizer(batches, vocab_size: int, out: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if not len(alphabet) + len(SPECIAL_TOKENS) <= vocab_size <= MAX_VOCAB_SIZE:
-        raise InputError(f"--vocab_size {vocab_size:,} is not between {len(alphabet) + len(SPECIAL_TOKENS)} (bytes and special "
-                         f"tokens) and {MAX_VOCAB_SIZE:,} (shards are uint16)")
-    fast = Tokenizer(models.BPE())
-    fast.normalizer = normalizers.NFC()
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    # lstrip: the mask stands for a word together with the space before it
-    specials = {kind: AddedToken(token, special=True, normalized=False, lstrip=kind == "mask") for kind, token in SPECIAL_TOKENS.items()}
+    smallest = len(alphabet) + len(SPECIAL_TOKENS)
+    if not smallest <= vocab_size <= MAX_VOCAB_SIZE:
+        raise InputError(f"--vocab_size {vocab_size:,} is not between {smallest} (bytes and special tokens) and "
+                         f"{MAX_VOCAB_SIZE:,} (shards are uint16)")
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    specials = {kind: AddedToken(token, special=True, normalized=False, lstrip=kind == "mask")  # a mask hides the space too
+                for kind, token in SPECIAL_TOKENS.items()}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(specials.values()), initial_alphabet=alphabet)
-    fast.train_from_iterator(batches, trainer)
-    if fast.get_vocab_size() < vocab_size:
-        raise InputError(f"the text yields {fast.get_vocab_size():,} entries only: give more text, or --vocab_size {fast.get_vocab_size()}")
+    backend.train_from_iterator(batches, trainer)
+    if backend.get_vocab_size() < vocab_size:
+        raise InputError(f"the text yields {backend.get_vocab_size():,} entries only: give more, or a smaller --vocab_size")
     cls, sep = SPECIAL_TOKENS["cls"], SPECIAL_TOKENS["sep"]
-    fast.post_processor = processors.TemplateProcessing(
+    backend.post_processor = processors.TemplateProcessing(
         single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B {sep}",
-        special_tokens=[(token, fast.token_to_id(token)) for token in (cls, sep)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=fast, model_max_length=8192, clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"], **{f"{kind}_token": token for kind, token in specials.items()})
-    tokenizer.save_pretrained(out)
+        special_tokens=[(token, backend.token_to_id(token)) for token in (cls, sep)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=8192, clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        **{f"{kind}_token": token for kind, token in specials.items()}).save_pretrained(out)
 
 
-def training_texts(batches, fractions: tuple, fraction: float, max_characters: int):
+def training_texts(batches, fractions: tuple[float, float], fraction: float, max_characters: int):
     characters = 0
-    with tqdm(total=max_characters, unit="char", unit_scale=True, desc="reading") as bar:
+    with tqdm(total=max_characters, unit="char", unit_scale=True, desc="reading", mininterval=1) as bar:
         for texts, _ in batches:
-            chosen = [text for text in texts if split_of(text, *fractions) == "train" and zlib.crc32(text.encode()) < fraction * 2**32]
-            yield chosen
-            read = sum(map(len, chosen))
+            texts = [text for text in texts
+                     if zlib.crc32(text.encode()) < fraction * 2**32 and split_of(text, *fractions) == "train"]
+            yield texts
+            read = sum(map(len, texts))
             characters += read
             bar.update(read)
             if characters >= max_characters:
@@ -66,16 +280,17 @@ def training_texts(batches, fractions: tuple, fraction: float, max_characters: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_source_flags(parser)
-    parser.add_argument("--vocab_size", type=int, default=32768, help="entries, special tokens included (a multiple of 64 is fastest)")
+    parser.add_argument("--vocab_size", type=int, default=32768, help="entries, special tokens included (64 should divide it)")
     parser.add_argument("--fraction", type=float, default=1.0, help="share of the documents to learn from, drawn by a hash")
-    parser.add_argument("--max_characters", type=int, default=1_000_000_000, help="stop reading after this many characters")
+    parser.add_argument("--max_characters", type=int, default=1_000_000_000, help="stop after this many characters learnt from")
     parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     stream, sizes, _ = open_source(args)
-    batches = in_background(read_texts(stream, sizes, args.text_field))
-    texts = training_texts(batches, (args.valid_fraction, args.test_fraction), args.fraction, args.max_characters)
-    train_tokenizer(texts, args.vocab_size, args.out)
+    batches = in_background(read_texts(stream, sizes, args.text_field, args.batch_characters))
+    with contextlib.closing(batches):
+        texts = training_texts(batches, (args.valid_fraction, args.test_fraction), args.fraction, args.max_characters)
+        train_tokenizer(texts, args.vocab_size, args.out)
     print(f"{args.out}: {args.vocab_size:,} entries")
 
 
