@@ -161,7 +161,7 @@ class RowStream:
         if max_length < 3:
             raise InputError(f"max_length {max_length} leaves no room for text between [CLS] and [SEP]: raise --data.max_length")
         self.shards, self.specials = shards, specials
-        self.row_tokens, self.max_length, self.seed, self.max_tokens = row_tokens, max_length, seed, max_tokens
+        self.row_tokens, self.max_length, self.seed, self.text_left = row_tokens, max_length, seed, max_tokens
         self.tokens = [read_shard(path) for path in shards]
         self.checked: set[int] = set()
         state = state or {"epoch": 0, "shard": 0, "cursor": 0, "pool": []}
@@ -195,10 +195,10 @@ class RowStream:
         if self.seed is not None:
             order = np.random.default_rng([self.seed, self.epoch, shard]).permutation(len(start))
             start, length = start[order], length[order]
-        elif self.max_tokens is not None:
-            before = sum(len(tokens) for tokens in self.tokens[:shard])  # counted with specials: only an early stop for later shards
-            keep = np.cumsum(length) - length < max(0, self.max_tokens - before)
+        elif self.text_left is not None:
+            keep = np.cumsum(length) - length < self.text_left
             start, length = start[keep], length[keep]
+            self.text_left -= int(length.sum())
         self.windows = list(zip([shard] * len(start), start.tolist(), length.tolist()))
 
     # The pool: windows drawn and not yet placed, in the order drawn and by length.
@@ -283,7 +283,7 @@ class Row:
 
 
 class Loader:
-    """Iterates over this rank's rows; a background thread packs, pins and copies them ahead of the step.
+    """Iterates over this rank's rows, from the first each time; a background thread packs, pins and copies them ahead of the step.
 
     A round is `world_size` consecutive rows, one a rank. A stream that ends fills its last round with empty rows.
     Restoring `state` (of any row, under any number of ranks) continues at the exact next row.
@@ -299,7 +299,8 @@ class Loader:
         self.specials = manifest["tokenizer"]
         self.row_tokens, self.rank, self.world_size, self.device, self.rows_ahead = row_tokens, rank, world_size, torch.device(device), rows_ahead
         self.first_index = state["index"] if state else 0
-        self.stream = RowStream(shards, self.specials, row_tokens, max_length, seed, max_tokens, state)
+        self.new_stream = lambda: RowStream(shards, self.specials, row_tokens, max_length, seed, max_tokens, state)
+        self.stream = self.new_stream()  # now, so that what cannot be fed is said here
         self.shard_starts = np.cumsum([0] + [len(tokens) for tokens in self.stream.tokens])
 
     def __iter__(self) -> Iterator[Row]:
@@ -331,7 +332,7 @@ class Loader:
             stopped.set()
 
     def _rows(self) -> Iterator[Row]:
-        index = self.first_index
+        self.stream, index = self.new_stream(), self.first_index
         while True:
             rounds = [self.stream.next_row() or [] for _ in range(self.world_size)]
             if not any(rounds):

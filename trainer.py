@@ -160,13 +160,16 @@ def _converter(annotation) -> Callable[[str], object]:
 
 
 def parse_flags(groups: dict[str, type], presets: dict[str, dict], argv: list[str] | None, description: str,
-                default_preset: str) -> tuple[str, dict[str, dict]]:
+                default_preset: str, extra: Optional[dict[str, dict]] = None) -> tuple[str, dict[str, dict]]:
     """Dotted flags for the documented fields of each dataclass. Flags override the preset, the preset the defaults.
 
     Returns the preset's name and, for each group, the values that are not defaults. Unknown flags end the program.
+    extra: plain flags beside these, name -> argparse's arguments; their values are returned with the groups'.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--preset", choices=list(presets), default=default_preset, help=f"named settings that flags override [{default_preset}]")
+    for name, arguments in (extra or {}).items():
+        parser.add_argument(f"--{name}", **arguments)
     for group, cls in groups.items():
         box = parser.add_argument_group(f"--{group}.*")
         annotations = inspect.get_annotations(cls, eval_str=True)  # typing.get_type_hints would fail on transformers' own classes
@@ -178,11 +181,12 @@ def parse_flags(groups: dict[str, type], presets: dict[str, dict], argv: list[st
                                  help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"), **switch)
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset")
+    plain = {name: given.pop(name) for name in extra or {}}
     values: dict[str, dict] = {group: {} for group in groups}
     for name, value in (presets[preset] | given).items():
         group, field = name.split(".", 1)
         values[group][field] = value
-    return preset, values
+    return preset, values | plain
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,12 +406,22 @@ def module_code() -> str:
 FROZEN_MASK_RATE = 0.15
 
 
+def mixed(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser: uint64 in, well-stirred uint64 out."""
+    x = x.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
 def draw_masks(row: Row, count: int, seed: int, mask_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Corrupted input_ids [T], masked positions [count] ascending, targets [count] with -100 where the row has too little text.
 
     Drawn on the row's device from (seed, number of the row), which no two steps share, so whatever the number of ranks.
     """
-    generator = torch.Generator(row.input_ids.device).manual_seed((seed << 40) + row.index)
+    # Stirred into 32 bits: the CPU's generator ignores what lies above.
+    (stirred,) = mixed(np.array([(seed << 40) + row.index])) >> np.uint64(32)
+    generator = torch.Generator(row.input_ids.device).manual_seed(int(stirred))
     score = torch.rand(row.text.size(0), generator=generator, device=row.text.device).masked_fill(~row.text, -1)
     masked = score.topk(count, sorted=False).indices.sort().values
     return corrupt(row, masked, mask_id)
@@ -417,14 +431,6 @@ def corrupt(row: Row, masked: torch.Tensor, mask_id: int) -> tuple[torch.Tensor,
     text, original = row.text[masked], row.input_ids[masked]
     input_ids = row.input_ids.index_put((masked,), torch.where(text, mask_id, original))
     return input_ids, masked, torch.where(text, original, -100).long()
-
-
-def mixed(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: uint64 in, well-stirred uint64 out."""
-    x = x.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def frozen_mask(offsets: np.ndarray) -> np.ndarray:
@@ -816,6 +822,8 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
     val_loss = None
 
     def save(push: bool) -> None:
+        if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):  # the loss would tell only at the next step
+            raise InputError(f"the weights after step {step} are not finite: no checkpoint was overwritten; lower the learning rates and use --train.resume auto")
         optimizer_state = optimizer.state_dict()
         state = {"step": step, "seconds": clock.seconds, "tokens": tokens, "flops": flops, "loader": loader_state, "identity": identity, "config": resolved}
 

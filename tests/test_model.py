@@ -1,0 +1,196 @@
+"""The model: what is packed together does not matter, the attention paths agree, Hugging Face loads what was saved."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import (PRESETS, KBERTConfig, KBERTForMaskedLM, KBERTForQuestionAnswering, KBERTForSequenceClassification, KBERTModel, attend,
+                   blockwise_mask, flex_mask)
+
+VOCAB = 200
+
+
+def tiny(cls=KBERTForMaskedLM, **keywords):
+    """A small model whose zero-initialised matrices are not zero, or nothing would depend on attention."""
+    torch.manual_seed(0)
+    model = cls(KBERTConfig(**{**dict(vocab_size=VOCAB, num_hidden_layers=4, hidden_size=64, num_attention_heads=4, intermediate_size=128,
+                                      local_attention_window=16, unet_skips=True, pad_token_id=2), **keywords}))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.eval()
+
+
+def row_of(lengths: list[int], seed: int = 0):
+    """input_ids, document_ids, positions of documents side by side, filled up to a multiple of 128."""
+    lengths = lengths + [-sum(lengths) % 128] if sum(lengths) % 128 else lengths
+    ids = torch.randint(5, VOCAB, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return ids, documents, torch.cat([torch.arange(n) for n in lengths])
+
+
+LENGTHS = [1, 30, 128, 7, 200, 3, 64, 90]
+
+
+def test_a_document_is_the_same_alone_packed_and_padded():
+    model = tiny(KBERTModel)
+    ids, documents, positions = row_of(LENGTHS)
+    packed = model.encode(ids, documents, positions, max_seqlen=256)
+    batch = torch.full((len(LENGTHS), 256), 2)
+    mask = torch.zeros_like(batch)
+    for number in range(len(LENGTHS)):
+        inside = documents == number
+        left = number * 3  # anywhere in the padding
+        batch[number, left : left + inside.sum()], mask[number, left : left + inside.sum()] = ids[inside], 1
+        alone = model(ids[inside][None]).last_hidden_state[0]
+        torch.testing.assert_close(packed[inside], alone, atol=2e-5, rtol=1e-4)
+    padded = model(batch, mask).last_hidden_state
+    torch.testing.assert_close(padded[mask.bool()], packed[: sum(LENGTHS)], atol=2e-5, rtol=1e-4)
+    assert (padded[~mask.bool()] == 0).all()
+
+
+def reference_attention(q, k, v, documents, window, scale):
+    """Plain attention over all T x T pairs in fp64. q, k, v: [1, T, H, D]."""
+    q, k, v = (x.double()[0].transpose(0, 1) for x in (q, k, v))
+    token = torch.arange(len(documents))
+    visible = documents[:, None] == documents
+    if window is not None:
+        visible &= (token[:, None] - token).abs() <= window
+    return ((q @ k.mT * scale).masked_fill(~visible, -torch.inf).softmax(-1) @ v).transpose(0, 1)[None]
+
+
+@pytest.mark.parametrize("window", [1, 8, 64, 100, None])
+@pytest.mark.parametrize("lengths", [LENGTHS, [128], [5] * 60, [600, 1, 1, 30]])
+def test_blockwise_attention_agrees_with_fp64_forward_and_backward(window, lengths):
+    _, documents, _ = row_of(lengths)
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(1, len(documents), 2, 16, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    direction = torch.randn(1, len(documents), 2, 16)
+    got = attend(q, k, v, blockwise_mask(documents, window, max(lengths)), 0.3)
+    expected = reference_attention(q, k, v, documents, window, 0.3)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5, check_dtype=False)
+    for a, b in zip(torch.autograd.grad((got * direction).sum(), (q, k, v)), torch.autograd.grad((expected * direction).sum(), (q, k, v))):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [8, 64, 200, None])
+def test_flex_mask_lists_every_visible_pair_and_no_more(window):
+    _, documents, _ = row_of([300, 20, 129, 63, 500])
+    token = torch.arange(len(documents))
+    visible = documents[:, None] == documents
+    if window is not None:
+        visible &= (token[:, None] - token).abs() <= window
+    blocks = visible.view(len(documents) // 128, 128, -1, 128).transpose(1, 2)
+    mask = flex_mask(documents, window)
+    listed, full = torch.zeros_like(blocks[:, :, 0, 0]), torch.zeros_like(blocks[:, :, 0, 0])
+    for row in range(len(listed)):
+        listed[row, mask.kv_indices[0, 0, row, : mask.kv_num_blocks[0, 0, row]]] = True
+        full[row, mask.full_kv_indices[0, 0, row, : mask.full_kv_num_blocks[0, 0, row]]] = True
+    assert (full == blocks.all(-1).all(-1)).all() and not (full & listed).any()
+    assert (listed | full)[blocks.any(-1).any(-1)].all()
+    assert (mask.mask_mod(None, None, token[:, None], token) == visible).all()
+
+
+def test_flex_attention_compiled_agrees_in_the_whole_model():
+    """FlexAttention has no backward on CPU; its compiled forward is what GPUs run, but for the kernel."""
+    model = tiny(KBERTModel, hidden_size=128)
+    row = row_of(LENGTHS)
+    with torch.no_grad():
+        expected = model.encode(*row, 256)
+        model.attention_backend = "flex"
+        torch.testing.assert_close(torch.compile(model.encode)(*row, 256), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_loss_at_masked_positions_equals_the_loss_of_all_logits():
+    model = tiny()
+    ids, documents, positions = row_of(LENGTHS)
+    masked = torch.tensor([3, 40, 41, 300, 400, 0])
+    targets = torch.tensor([7, 8, 9, 10, 11, -100])
+    labels = torch.full_like(ids, -100).index_put((masked,), targets)
+    hidden = model.encoder.encode(ids, documents, positions, 256)
+    expected = F.cross_entropy(model.logits(hidden), labels, reduction="sum")
+    torch.testing.assert_close(model.loss(ids, documents, positions, masked, targets, 256), expected)
+
+
+def test_padded_vocabulary_never_wins():
+    model = tiny()
+    assert model.lm_head.weight.size(0) == 256
+    with torch.no_grad():
+        model.encoder.embed.weight[VOCAB:] = 100.0
+    logits = model(torch.randint(5, VOCAB, (2, 9))).logits
+    assert logits.shape == (2, 9, VOCAB) and logits.abs().max() <= model.config.logit_softcap
+
+
+@pytest.mark.parametrize("preset, vocab_size, total, without_embedding", [("base", 50_368, 149e6, 110e6), ("small", 50_368, 17e6, 3.9e6), ("large", 50_368, 395e6, 344e6)])
+def test_presets_have_the_published_parameter_counts(preset, vocab_size, total, without_embedding):
+    with torch.device("meta"):
+        model = KBERTForMaskedLM(KBERTConfig(vocab_size=vocab_size, **PRESETS[preset]))
+    count = sum(p.numel() for p in model.parameters())
+    assert count == pytest.approx(total, rel=0.02)
+    assert count - model.encoder.embed.weight.numel() == pytest.approx(without_embedding, rel=0.02)
+
+
+def test_a_fresh_model_starts_as_its_embedding():
+    """Zero-initialised projections survive transformers' own initialisation, and so do the skips' weights."""
+    model = KBERTForMaskedLM(KBERTConfig(vocab_size=VOCAB, **PRESETS["micro"]))
+    ids = torch.randint(5, VOCAB, (1, 20))
+    expected = F.rms_norm(F.rms_norm(model.encoder.embed(ids), (256,)), (256,))
+    torch.testing.assert_close(model.encoder(ids).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
+    assert model.lm_head.weight is model.encoder.embed.weight
+    assert [block.input_lambdas.tolist() for block in list(model.encoder.blocks)[1:]] == [[1.0, 0.0]] * 3
+
+
+@pytest.mark.parametrize("cls, auto", [(KBERTModel, "AutoModel"), (KBERTForMaskedLM, "AutoModelForMaskedLM"),
+                                       (KBERTForSequenceClassification, "AutoModelForSequenceClassification"),
+                                       (KBERTForQuestionAnswering, "AutoModelForQuestionAnswering")])
+def test_save_load_and_save_again_through_auto_classes(tmp_path, monkeypatch, cls, auto):
+    import transformers
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = tiny(cls)
+    ids, mask = torch.randint(5, VOCAB, (3, 40)), torch.ones(3, 40, dtype=torch.long)
+    mask[1, 20:] = 0
+    expected = model(input_ids=ids, attention_mask=mask)
+    model.save_pretrained(tmp_path / "once")
+    loaded = getattr(transformers, auto).from_pretrained(tmp_path / "once", trust_remote_code=True).eval()
+    assert type(loaded).__module__ != cls.__module__  # it came with the weights
+    loaded.save_pretrained(tmp_path / "twice")
+    again = getattr(transformers, auto).from_pretrained(tmp_path / "twice", trust_remote_code=True).eval()
+    for copy in (loaded, again):
+        for key, value in copy(input_ids=ids, attention_mask=mask).items():
+            assert torch.equal(value, expected[key]), key
+
+
+def test_every_class_loads_from_a_pretrained_masked_lm(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    for cls in (KBERTModel, KBERTForSequenceClassification, KBERTForQuestionAnswering):
+        loaded = cls.from_pretrained(tmp_path)
+        encoder = loaded if cls is KBERTModel else loaded.encoder
+        assert torch.equal(encoder.blocks[3].mlp.down.weight, model.encoder.blocks[3].mlp.down.weight), cls
+
+
+def test_fill_mask_pipeline_from_a_saved_folder(tmp_path, word_tokenizer):
+    import transformers
+    model = tiny(vocab_size=17, pad_token_id=2)
+    model.save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(word_tokenizer).save_pretrained(tmp_path)
+    answers = transformers.pipeline("fill-mask", str(tmp_path), trust_remote_code=True)("the cat [MASK] on the mat")
+    assert len(answers) == 5 and all(answer["token"] < 17 for answer in answers)
+
+
+@pytest.mark.parametrize("change, message", [(dict(num_attention_heads=5), "must divide hidden_size"), (dict(hidden_size=100, num_attention_heads=5), "multiples of 64")])
+def test_impossible_shapes_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        KBERTConfig(**{**PRESETS["micro"], **change})
+
+
+def test_importing_does_nothing():
+    """No process group, no device, no arguments read, nothing written."""
+    code = ("import torch, model, optimizer, dataloading, trainer; "
+            "assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()")
+    result = subprocess.run([sys.executable, "-c", code, "--no-such-flag"], capture_output=True, text=True)
+    assert result.returncode == 0 and not result.stdout + result.stderr, result.stderr

@@ -1,0 +1,360 @@
+"""The run: schedules, counting, masks; the same training on any number of ranks, stopped or not; what bad input is told."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT, SPECIALS, run_python, sentences, write_documents
+from dataloading import InputError, Loader, read_manifest
+from hub_stand_in import Hub
+from model import KBERTConfig
+from trainer import (LOG_LINE, PRESETS, DataConfig, TrainConfig, batch_factor, draw_masks, forward_flops, frozen_mask, local_window, log_line,
+                     lr_factor, main, mask_rate, muon_momentum, parse_flags)
+
+TINY = ["--preset", "micro", "--data.max_length", "100", "--data.valid_tokens", "1500", "--train.row_tokens", "256", "--train.batch_tokens", "1536",
+        "--train.steps", "20", "--train.valid_every", "10", "--train.save_every", "10", "--train.keep_checkpoints", "9", "--train.compile", "false",
+        "--model.num_hidden_layers", "2", "--model.hidden_size", "64", "--model.num_attention_heads", "2", "--model.intermediate_size", "64",
+        "--model.local_attention_window", "16", "--train.muon_lr", "0.05", "--train.embed_lr", "0.03"]
+
+
+def flags(corpus: Path, out: Path, name: str, *more: str) -> list[str]:
+    return [*TINY, "--data.dir", str(corpus), "--train.out", str(out), "--train.run_name", name, *map(str, more)]
+
+
+def lines(run: Path) -> list[dict]:
+    return [match.groupdict() for line in (run / "log.txt").read_text().splitlines() if (match := LOG_LINE.match(line))]
+
+
+def losses(run: Path, kind: str) -> dict[int, float]:
+    return {int(line["step"]): float(line[kind]) for line in lines(run) if line[kind]}
+
+
+@pytest.fixture(scope="session")
+def finished(corpus, tmp_path_factory) -> Path:
+    """A run of 20 steps with a checkpoint at 10."""
+    out = tmp_path_factory.mktemp("runs")
+    main(flags(corpus, out, "finished"))
+    return out / "finished"
+
+
+# --- schedules and flags
+
+
+def test_learning_rate_shapes():
+    shape = lambda progress, **c: lr_factor(progress, TrainConfig(**c))  # noqa: E731
+    common = dict(lr_warmup=0.1, lr_decay=0.5, lr_floor=0.1)
+    for schedule in ("trapezoid", "one_cycle", "cosine"):
+        assert shape(0.0, lr_schedule=schedule, **common) == 0
+        assert shape(0.05, lr_schedule=schedule, **common) == pytest.approx(0.5)
+        assert shape(0.1, lr_schedule=schedule, **common) == pytest.approx(1.0)
+        assert shape(1.0, lr_schedule=schedule, **common) == pytest.approx(0.1)
+    assert shape(0.5, **common) == 1 and shape(0.75, **common) == pytest.approx(0.55)
+    assert shape(0.75, lr_decay_shape="sqrt", **common) == pytest.approx(0.1 + 0.9 * (1 - math.sqrt(0.5)))
+    assert shape(0.55, lr_schedule="one_cycle", **common) == pytest.approx(0.55)
+    assert shape(0.55, lr_schedule="cosine", **common) == pytest.approx(0.55)
+
+
+def test_other_schedules():
+    c = TrainConfig(batch_start=0.5, batch_ramp=0.4, window_start=64, momentum_warmup=0.1)
+    assert [batch_factor(p, c) for p in (0, 0.1, 0.3999, 0.4, 1)] == pytest.approx([0.5, 0.625, 0.875, 1, 1])
+    assert [mask_rate(p, c) for p in (0, 0.5, 1)] == pytest.approx([0.3, 0.225, 0.15])
+    assert [muon_momentum(p, c) for p in (0, 0.05, 0.1, 0.9, 0.99, 1)] == pytest.approx([0.85, 0.9, 0.95, 0.95, 0.9, 0.85])
+    assert [local_window(p, c, 256) for p in (0, 0.3, 0.67, 1)] == [64, 192, 256, 256]
+    assert local_window(0, TrainConfig(), 128) == 128
+
+
+def test_flags_override_the_preset_and_the_preset_the_defaults():
+    groups = {"data": DataConfig, "train": TrainConfig, "model": KBERTConfig}
+    _, values = parse_flags(groups, PRESETS, ["--preset", "micro", "--train.steps", "7", "--train.compile=false", "--train.embed_betas", "0.5,0.9",
+                                              "--train.max_minutes", "none", "--model.unet_skips", "--train.seed", "1_000"], "", "base")
+    assert values["train"]["steps"] == 7 and values["train"]["row_tokens"] == PRESETS["micro"]["train.row_tokens"]
+    assert values["train"]["compile"] is False and values["train"]["embed_betas"] == (0.5, 0.9) and values["train"]["max_minutes"] is None
+    assert values["model"]["unet_skips"] is True and values["train"]["seed"] == 1000
+
+
+@pytest.mark.parametrize("bad", [["--train.step", "7"], ["--train.compile", "perhaps"], ["--train.lr_schedule", "flat"], ["--preset", "huge"],
+                                 ["--train.embed_betas", "0.9"], ["--train.steps", "many"], ["--model.vocab_size", "9"]])
+def test_flags_that_mean_nothing_are_refused(bad, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(bad)
+    assert stop.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_help_names_units_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--train.max_minutes X minutes of training time" in said and "optimizer steps [10000]" in said and "--model.*" in said
+
+
+# --- counting
+
+
+def test_flops_count_what_is_attended_to():
+    config = KBERTConfig(vocab_size=100, num_hidden_layers=4, hidden_size=64, num_attention_heads=2, intermediate_size=128)
+    lengths = np.array([3, 20, 40, 100])
+    pairs = {None: 0, 16: 0}
+    for window in pairs:
+        for n in lengths:
+            at = np.arange(n)
+            pairs[window] += int((np.abs(at[:, None] - at) <= (n if window is None else window // 2)).sum())
+    matrices = 2 * lengths.sum() * sum(r * c for r, c in [(192, 64), (64, 64), (256, 64), (64, 128)]) * 4
+    attention = 2 * 2 * 64 * (2 * pairs[None] + 2 * pairs[16])  # two products a pair; layers 0 and 3 are global
+    assert forward_flops(config, lengths, 10, 16) == matrices + attention + 2 * 10 * 64 * 100
+
+
+def test_log_lines_match_the_one_expression():
+    line = log_line(120, 4000, 61.234, 120, 123456, 1.5e12, 0.4567, train_loss=4.1234)
+    assert line == "step:120/4000 train_loss:4.1234 train_time:61234ms step_avg:510.28ms tokens:123456 flops:1.500000e+12 mfu:0.4567"
+    assert LOG_LINE.match(line)["train_loss"] == "4.1234" and LOG_LINE.match(line)["val_loss"] is None
+    assert LOG_LINE.match(log_line(0, None, 0.0, 0, 0, 0.0, 0.0, val_loss=9.0))["steps"] == "-"
+
+
+# --- masks
+
+
+def rows_of(corpus, count, split="train", **keywords):
+    loader = iter(Loader(corpus, read_manifest(corpus), split, 256, 100, seed=3, **keywords))
+    return [next(loader) for _ in range(count)]
+
+
+def test_masks_take_text_only_and_do_not_depend_on_ranks(corpus):
+    for row in rows_of(corpus, 5):
+        ids, masked, targets = draw_masks(row, 64, seed=1, mask_id=SPECIALS["mask"])
+        assert len(masked) == len(set(masked.tolist())) == 64 and row.text[masked].all()
+        assert (ids[masked] == SPECIALS["mask"]).all() and torch.equal(targets, row.input_ids[masked].long())
+        kept = torch.ones(256, dtype=torch.bool).index_fill(0, masked, False)
+        assert torch.equal(ids[kept], row.input_ids[kept])
+    other = [rows_of(corpus, 3, rank=rank, world_size=2) for rank in (0, 1)]
+    for row, twin in zip(rows_of(corpus, 6), [row for pair in zip(*other) for row in pair]):
+        assert torch.equal(draw_masks(row, 64, 1, 3)[1], draw_masks(twin, 64, 1, 3)[1])
+    assert not torch.equal(draw_masks(row, 64, 1, 3)[1], draw_masks(row, 64, 2, 3)[1])
+
+
+def test_a_row_with_little_text_masks_what_it_has(tmp_path):
+    path = write_documents(tmp_path, {"train": [[[5, 6, 7]]]})
+    (row,) = rows_of(path, 1)
+    ids, masked, targets = draw_masks(row, 16, seed=1, mask_id=3)
+    assert sorted(targets.tolist())[-3:] == [5, 6, 7] and (targets == -100).sum() == 13
+    assert (ids == SPECIALS["cls"]).sum() == 1 and (ids == SPECIALS["sep"]).sum() == 1 and (ids == 3).sum() == 3
+
+
+def test_frozen_masks_follow_the_token_not_the_row():
+    offsets = np.arange(100_000)
+    mask = frozen_mask(offsets)
+    assert mask.mean() == pytest.approx(0.15, abs=0.005)
+    assert (frozen_mask(offsets[5000:6000]) == mask[5000:6000]).all()
+    assert not frozen_mask(np.full(100, -1)).any()
+    assert abs(np.corrcoef(mask[1:], mask[:-1])[0, 1]) < 0.02
+
+
+# --- the run
+
+
+GOLDEN = []
+
+
+def test_golden_losses(finished):
+    """A change here is a change of the training itself: say why in the commit."""
+    assert list(losses(finished, "train_loss").values()) == pytest.approx(GOLDEN, abs=0.01)
+
+
+def test_a_run_learns_and_leaves_what_it_says(finished):
+    valid = losses(finished, "val_loss")
+    assert list(valid) == [0, 10, 20] and valid[0] == pytest.approx(math.log(64), abs=0.1) and valid[20] < valid[0] - 0.3
+    assert {path.name for path in finished.iterdir()} == {"log.txt", "metrics.jsonl", "config.json", "checkpoints", "model"}
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["step-000010", "step-000020"]
+    text = (finished / "log.txt").read_text()
+    for title in ("command", "config", "environment", "data", "code", "run", "result"):
+        assert f"\n=== {title}\n" in "\n" + text
+    assert (ROOT / "optimizer.py").read_text() in text
+    result = json.loads(text.split("=== result\n")[1].splitlines()[0])
+    last = lines(finished)[-1]
+    assert int(last["tokens"]) == result["tokens"] and float(last["val_loss"]) == pytest.approx(result["val_loss"], abs=1e-4)
+    metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics if "train_loss" in m] == list(range(1, 21))
+    assert f"{result['val_loss']:.4f}" in (finished / "model" / "README.md").read_text()
+
+
+def test_tokens_are_those_of_the_rows(finished, corpus):
+    loader = iter(Loader(corpus, read_manifest(corpus), "train", 256, 100, seed=1))
+    assert int(lines(finished)[-1]["tokens"]) == sum(int((next(loader).input_ids != SPECIALS["pad"]).sum()) for _ in range(20 * 6))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_one_and_the_same_training(corpus, finished, tmp_path, ranks):
+    result = run_python("trainer.py", *flags(corpus, tmp_path, "ranks"), processes=ranks)
+    assert result.returncode == 0, result.stderr
+    alone, together = lines(finished), lines(tmp_path / "ranks")
+    assert [line["tokens"] for line in alone] == [line["tokens"] for line in together]
+    assert [line["flops"] for line in alone] == [line["flops"] for line in together]
+    for kind in ("train_loss", "val_loss"):
+        assert losses(tmp_path / "ranks", kind) == pytest.approx(losses(finished, kind), abs=0.01)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_same_weights_validate_to_the_same_loss_on_any_ranks(corpus, finished, tmp_path, ranks):
+    shutil.copytree(finished, tmp_path / "copy")
+    checkpoint = tmp_path / "copy" / "checkpoints" / "step-000010"
+    result = run_python("trainer.py", *flags(corpus, tmp_path, "copy", "--train.resume", checkpoint, "--train.steps", 10), processes=ranks)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "copy", "val_loss")[10] == pytest.approx(losses(finished, "val_loss")[10], abs=1e-4)
+
+
+def test_a_resumed_run_is_bit_identical_to_one_never_stopped(corpus, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "model")
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "step-000020")
+    main(flags(corpus, tmp_path, "killed", "--train.resume", "auto"))
+    for file in ("model/model.safetensors", "checkpoints/step-000020/optimizer.safetensors"):
+        assert (tmp_path / "killed" / file).read_bytes() == (finished / file).read_bytes()
+    assert losses(tmp_path / "killed", "train_loss") == losses(finished, "train_loss")
+
+
+def test_sigterm_saves_and_exits(corpus, tmp_path):
+    process = subprocess.Popen([sys.executable, "trainer.py", *flags(corpus, tmp_path, "term", "--train.steps", 100_000)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    log, deadline = tmp_path / "term" / "log.txt", time.monotonic() + 120
+    while not (log.exists() and "step:7/" in log.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "continue with --train.resume auto" in said
+    last = max((tmp_path / "term" / "checkpoints").iterdir())
+    assert json.loads((last / "state.json").read_text())["step"] == int(lines(tmp_path / "term")[-1]["step"]) == int(last.name[5:]) >= 7
+
+
+def test_a_run_by_the_clock_ends_when_its_time_is_up(corpus, tmp_path):
+    main(flags(corpus, tmp_path, "clock", "--train.max_minutes", "0.03"))
+    last = lines(tmp_path / "clock")[-1]
+    assert last["steps"] == "-" and 1800 <= int(last["train_time"]) < 1800 + 2000 and last["val_loss"]
+
+
+def test_batch_and_window_schedules_run(corpus, tmp_path):
+    main(flags(corpus, tmp_path, "schedules", "--train.batch_start", "0.5", "--train.batch_ramp", "0.6", "--train.window_start", "64",
+               "--model.local_attention_window", "128", "--train.grad_accum", "4", "--train.save_every", "0", "--train.steps", "8"))
+    metrics = [json.loads(line) for line in (tmp_path / "schedules" / "metrics.jsonl").read_text().splitlines() if "train_loss" in line]
+    assert metrics[0]["batch_tokens"] == 512 and metrics[-1]["batch_tokens"] == 1024
+    assert metrics[0]["window"] == 64 and metrics[-1]["window"] == 128
+
+
+def test_compiled_and_eager_training_agree(corpus, finished, tmp_path):
+    from trainer import can_compile
+    if not can_compile(torch.device("cpu")):
+        pytest.skip("needs a C++ compiler")
+    main(flags(corpus, tmp_path, "compiled", "--train.compile", "true"))
+    assert losses(tmp_path / "compiled", "val_loss") == pytest.approx(losses(finished, "val_loss"), abs=0.02)
+
+
+def test_without_a_compiler_it_says_so_once_and_runs(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    main(flags(corpus, tmp_path, "eager", "--train.compile", "true", "--train.steps", "1"))
+    assert capsys.readouterr().out.count("no C++ compiler found") == 1
+
+
+# --- the Hub
+
+
+def test_a_run_pushes_model_and_checkpoints(corpus, word_tokenizer, tmp_path):
+    from dataloading import sha256_of
+    data = write_documents(tmp_path / "data", {"train": [sentences(1, 200, 17)], "valid": [sentences(3, 40, 17)]}, vocab_size=17,
+                           tokenizer=sha256_of(word_tokenizer / "tokenizer.json"))
+    shutil.copytree(word_tokenizer, data / "tokenizer")
+    with Hub() as hub:
+        result = run_python("trainer.py", *flags(data, tmp_path, "pushed", "--train.hf_model_name", "me/tiny"), env=hub.environment(tmp_path))
+        assert result.returncode == 0, result.stderr
+        assert {"model.safetensors", "config.json", "model.py", "tokenizer.json", "README.md"} <= set(hub.files("model", "me/tiny", "main"))
+        for branch in ("step-000010", "step-000020"):
+            assert "model.safetensors" in hub.files("model", "me/tiny", branch)
+        assert hub.files("model", "me/tiny", "main")["model.safetensors"] == (tmp_path / "pushed" / "model" / "model.safetensors").read_bytes()
+        code = ("import sys; from transformers import pipeline; "
+                "print(len(pipeline('fill-mask', 'me/tiny', trust_remote_code=True)('the cat [MASK] on')))")
+        loaded = run_python("-c", code, env=hub.environment(tmp_path))
+        assert loaded.returncode == 0 and loaded.stdout.strip().endswith("5"), loaded.stderr
+
+
+def test_a_failing_hub_never_stops_a_run(corpus, tmp_path):
+    with Hub() as hub:
+        hub.broken = "commit"
+        result = run_python("trainer.py", *flags(corpus, tmp_path, "unpushed", "--train.hf_model_name", "me/tiny"),
+                            env={**hub.environment(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "2"})
+    assert result.returncode == 0, result.stderr
+    assert "hf upload me/tiny" in result.stdout and (tmp_path / "unpushed" / "model" / "model.safetensors").exists()
+    assert (tmp_path / "unpushed" / "to_push" / "step-000010" / "model.safetensors").exists()
+
+
+# --- bad input: one sentence and a non-zero exit, on every rank
+
+
+def failure(corpus, tmp_path, *more, processes=1, env=None) -> str:
+    result = run_python("trainer.py", *flags(corpus, tmp_path, "bad", *more), processes=processes, env=env, timeout=120)
+    assert result.returncode != 0
+    said = [line[line.index("error: "):] for line in result.stderr.splitlines() if "error: " in line and "ERROR" not in line]
+    assert len(said) == processes or processes > 1 and said, result.stderr
+    assert "Traceback" not in result.stderr.split("torch/distributed")[0]
+    return said[0]
+
+
+def test_no_data_says_which_command_brings_some(tmp_path):
+    assert "python data/download_fineweb_edu.py" in failure(tmp_path / "nothing", tmp_path, processes=2)
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--train.batch_tokens", "1000"], "use --train.batch_tokens 1024"),
+    (["--train.row_tokens", "200"], "not a multiple of 128: try 128"),
+    (["--data.max_length", "300"], "longer than a row"),
+    (["--model.num_attention_heads", "5"], "must divide hidden_size"),
+    (["--train.mask_rate_end", "0"], "masking rate of 0"),
+    (["--train.lr_warmup", "2"], "give a fraction"),
+    (["--train.resume", "nowhere"], "is not a checkpoint"),
+])
+def test_bad_settings_are_one_sentence(corpus, tmp_path, more, message):
+    with pytest.raises(InputError, match=message):
+        main(flags(corpus, tmp_path, "bad", *more))
+
+
+def test_a_run_is_never_overwritten(corpus, finished):
+    with pytest.raises(InputError, match="holds a run already"):
+        main(flags(corpus, finished.parent, "finished"))
+
+
+def test_a_checkpoint_of_other_settings_is_refused(corpus, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "other")
+    with pytest.raises(InputError, match=r"other settings \(model\)"):
+        main(flags(corpus, tmp_path, "other", "--train.resume", tmp_path / "other" / "checkpoints" / "step-000010", "--model.hidden_size", "128"))
+
+
+def test_no_hub_token_is_said_before_training(corpus, tmp_path):
+    with Hub() as hub:
+        environment = {**hub.environment(tmp_path), "HF_TOKEN": ""}
+        hub.broken = "whoami"
+        assert "hf auth login" in failure(corpus, tmp_path, "--train.hf_model_name", "me/tiny", processes=2, env=environment)
+    assert not list(tmp_path.glob("bad/checkpoints/*"))
+
+
+def test_a_place_that_cannot_be_written_is_named(corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in failure(corpus, tmp_path, "--train.out", tmp_path / "file", processes=2)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(corpus, tmp_path):
+    from safetensors.torch import load_file
+    hot = ["--train.embed_lr", "1e38", "--train.muon_lr", "1e38", "--train.lr_warmup", "0.5", "--train.valid_every", "0"]
+    with pytest.raises(InputError, match=r"the loss of step \d+ is (nan|inf), .*rows \["):
+        main(flags(corpus, tmp_path, "hot", *hot, "--train.save_every", "0"))
+    with pytest.raises(InputError, match=r"the weights after step \d+ are not finite"):
+        main(flags(corpus, tmp_path, "saved", *hot, "--train.save_every", "1"))
+    checkpoints = list((tmp_path / "saved" / "checkpoints").iterdir())
+    assert checkpoints and all(torch.isfinite(t).all() for c in checkpoints for t in load_file(c / "model.safetensors").values())
