@@ -10,7 +10,7 @@ Inside, there is no batch and no padding: a row of T tokens holds documents side
 The Hugging Face call with input_ids [B, S] and attention_mask [B, S] unpads on the way in and pads again on the way out.
 
 Shapes: T tokens in a row, N masked positions, H heads, D head width, d hidden_size, f intermediate_size, V vocabulary,
-C blocks of a row, K keys that a block of queries sees.
+C tiles of a row, S of them slots.
 """
 
 from __future__ import annotations
@@ -128,48 +128,123 @@ def flex_mask(document_ids: Tensor, window: Optional[int]) -> BlockMask:
     return BlockMask.from_kv_blocks(*listed(some & ~every), *listed(every), BLOCK_SIZE=BLOCK, mask_mod=visible)
 
 
-class BlockwiseMask(NamedTuple):
-    """For blocks of `size` queries that see the keys of `sides` blocks to each side and their own."""
-    size: int
-    sides: int
-    visible: Tensor  # [C, 1, size, K] bool
+# Where FlexAttention cannot train (CPUs, old GPUs) the same attention is computed by plain batched products over tiles: blocks of
+# queries with the keys around them for local layers, slots full of whole documents for global ones. Cost is linear in T.
+# FlexAttention has no backward on CPU, and the backward of CPU sdpa costs five times its forward: batched products over blocks
+# and their neighbours took 32 + 27 ms where sdpa over the same blocks took 22 + 106 (8k tokens, 6 heads, 2 cores).
+
+LOCAL_BLOCK = 64  # queries
 
 
-def neighbours(x: Tensor, sides: int, fill: float = 0) -> Tensor:
-    """[C, size, ...] -> [C, (2 * sides + 1) * size, ...]: each block together with `sides` blocks before and after it."""
-    edge = x.new_full((sides, *x.shape[1:]), fill)
-    padded = torch.cat([edge, x, edge])
-    return torch.cat([padded[i : i + x.size(0)] for i in range(2 * sides + 1)], dim=1)
+class Tiles(NamedTuple):
+    visible: Tensor                  # [C, 1, queries, keys] bool
+    there: Optional[Tensor] = None   # [S * max_seqlen] the token at each place of each slot; None for local layers
+    back: Optional[Tensor] = None    # [T] the place of each token
 
 
-def blockwise_mask(document_ids: Tensor, window: Optional[int], max_seqlen: int) -> BlockwiseMask:
-    """Cost is T * reach: the window, or for global layers the longest document."""
-    size = 64
-    reach = max_seqlen - 1 if window is None else min(window, max_seqlen - 1)
-    sides = -(-reach // size)
+def pack_slots(document_ids: Tensor, max_seqlen: int) -> Tensor:
+    """Puts documents whole into slots of max_seqlen tokens, longest first: [S, max_seqlen] token numbers, T where empty.
+
+    Not traced by the compiler: a small loop over documents, outside of the compiled model.
+    """
     T = document_ids.size(0)
-    token = torch.arange(T, device=document_ids.device).view(-1, size)
-    document = document_ids.view(-1, size)
-    visible = document[:, :, None] == neighbours(document, sides, fill=-1)[:, None, :]               # [C, size, K]
-    if window is not None:
-        visible &= (token[:, :, None] - neighbours(token, sides)[:, None, :]).abs() <= window
-    return BlockwiseMask(size, sides, visible[:, None])
+    slots: list[list[int]] = []
+    room: list[int] = []
+    pieces, start = [], 0
+    for length in torch.bincount(document_ids).tolist():  # padding may be longer than any document: cut
+        pieces += [(start + at, min(max_seqlen, length - at)) for at in range(0, length, max_seqlen)]
+        start += length
+    for start, length in sorted(pieces, key=lambda piece: -piece[1]):
+        slot = next((i for i, left in enumerate(room) if left >= length), None)
+        if slot is None:
+            slot = len(slots)
+            slots.append([])
+            room.append(max_seqlen)
+        slots[slot] += range(start, start + length)
+        room[slot] -= length
+    return torch.tensor([tokens + [T] * (max_seqlen - len(tokens)) for tokens in slots], device=document_ids.device)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | BlockwiseMask, scale: float) -> Tensor:
+def slot_tiles(document_ids: Tensor, slots: Tensor) -> Tiles:
+    """Global attention: all pairs within a slot that belong to one document."""
+    T = document_ids.size(0)
+    there = slots.flatten()
+    back = torch.zeros(T + 1, dtype=torch.long, device=slots.device).scatter(0, there, torch.arange(there.size(0), device=slots.device))[:T]
+    # Empty places stand for the last token and see each other alone; nothing reads what comes of them.
+    document = torch.where(there < T, document_ids[there.clamp(max=T - 1)], -1).view(slots.shape)    # [S, max_seqlen]
+    return Tiles((document[:, :, None] == document[:, None, :])[:, None], there.clamp(max=T - 1), back)
+
+
+def local_tiles(document_ids: Tensor, window: int) -> Tiles:
+    """Local attention: blocks of queries with as many blocks of keys to each side as the window reaches."""
+    token = torch.arange(document_ids.size(0), device=document_ids.device).view(-1, LOCAL_BLOCK, 1)
+    document = document_ids.view(-1, LOCAL_BLOCK, 1)
+    around = [Neighbours.apply(x + 1, -(-window // LOCAL_BLOCK)).mT - 1 for x in (document, token)]  # [C, 1, keys]; -1 beyond the row
+    return Tiles(((document == around[0]) & ((token - around[1]).abs() <= window))[:, None])
+
+
+class Neighbours(torch.autograd.Function):
+    """[C, size, ...] -> [C, (2 * sides + 1) * size, ...]: each block with `sides` blocks before and after it, zeros beyond the ends.
+
+    A strided view of one padded tensor, so that the compiler computes that tensor once and not anew for each copy.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sides: int) -> Tensor:
+        ctx.sides = sides
+        C, size = x.shape[:2]
+        edge = x.new_zeros(sides, *x.shape[1:])
+        padded = torch.cat([edge, x, edge])                                          # [C + 2 * sides, size, ...]
+        strides = padded.stride()
+        return padded.as_strided((C, (2 * sides + 1) * size, *x.shape[2:]), strides).clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        sides = ctx.sides
+        parts = gradient.chunk(2 * sides + 1, dim=1)                                 # [C, size, ...] each
+        total = parts[sides]
+        for shift in range(1, sides + 1):  # block c is the shift-th after block c - shift and the shift-th before block c + shift
+            after, before = parts[sides + shift], parts[sides - shift]
+            edge = torch.zeros_like(total[:shift])
+            total = total + torch.cat([edge, after[:-shift]]) + torch.cat([before[shift:], edge])
+        return total, None
+
+
+class Rearrange(torch.autograd.Function):
+    """x[there], whose gradient is gradient[back]: a gather each way, where indexing alone would scatter."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x[there]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (back,) = ctx.saved_tensors
+        return gradient[back], None, None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tiles, scale: float) -> Tensor:
     """q, k, v: [1, T, H, D] -> [1, T, H, D]."""
     if isinstance(mask, BlockMask):
         # v as a strided view of qkv beside contiguous q and k is read wrongly by the CPU's kernel (torch 2.13)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v.contiguous()))                # [1, H, T, D]
         return flex_attention(q, k, v, block_mask=mask, scale=scale).transpose(1, 2)
-    # FlexAttention has no backward on CPU, and the backward of CPU sdpa costs five times its forward: batched products
-    # over blocks and their neighbours took 32 + 27 ms where sdpa over the same blocks took 22 + 106 (8k tokens, 6 heads, 2 cores).
     _, _, H, D = q.shape
-    q = q.view(-1, mask.size, H, D).transpose(1, 2)                                  # [C, H, size, D]
-    k, v = (neighbours(x.view(-1, mask.size, H, D), mask.sides).transpose(1, 2) for x in (k, v))     # [C, H, K, D]
-    scores = (q @ k.transpose(-1, -2)).float() * scale                               # [C, H, size, K]
-    weights = scores.masked_fill(~mask.visible, -torch.inf).softmax(-1).to(v.dtype)
-    return (weights @ v).transpose(1, 2).reshape(1, -1, H, D)
+    queries, keys = mask.visible.shape[2:]
+    q, k, v = (x[0] for x in (q, k, v))                                              # [T, H, D]
+    if mask.there is not None:
+        q, k, v = (Rearrange.apply(x, mask.there, mask.back).view(-1, queries, H, D) for x in (q, k, v))
+    else:
+        sides = (keys // queries - 1) // 2
+        q, k, v = (x.view(-1, queries, H, D) for x in (q, k, v))                     # [C, queries, H, D]
+        k, v = Neighbours.apply(k, sides), Neighbours.apply(v, sides)                # [C, keys, H, D]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                 # [C, H, queries or keys, D]
+    # Softmax without subtracting the maximum: QK-norm keeps scores within scale * D. One pass less each way.
+    weights = torch.where(mask.visible, ((q @ k.mT).float() * scale).exp(), 0.0)     # [C, H, queries, keys]
+    x = (weights.to(v.dtype) @ v) / weights.sum(-1, keepdim=True).to(v.dtype)
+    x = x.transpose(1, 2).reshape(-1, H, D)
+    return (x if mask.there is None else Rearrange.apply(x, mask.back, mask.there))[None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,26 +387,28 @@ class KBERTModel(KBERTPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed = value
 
-    def masks(self, document_ids: Tensor, max_seqlen: int, window: Optional[int] = None) -> tuple:
-        """Local and global mask of a row. window: tokens to each side, half of local_attention_window when None."""
-        window = self.config.local_attention_window // 2 if window is None else window
-        backend = self.attention_backend
-        if backend is None:  # uncompiled, FlexAttention writes out all T x T scores
-            flex = document_ids.is_cuda and torch.compiler.is_compiling() and torch.cuda.get_device_capability() >= (8, 0)
-            backend = "flex" if flex else "blockwise"
-        if backend == "flex":
-            return flex_mask(document_ids, window), flex_mask(document_ids, None)
-        return blockwise_mask(document_ids, window, max_seqlen), blockwise_mask(document_ids, None, max_seqlen)
+    def uses_flex(self, device: torch.device) -> bool:
+        if self.attention_backend is None:  # uncompiled, FlexAttention writes out all T x T scores
+            return device.type == "cuda" and torch.compiler.is_compiling() and torch.cuda.get_device_capability(device) >= (8, 0)
+        return self.attention_backend == "flex"
 
-    def encode(self, input_ids: Tensor, document_ids: Tensor, positions: Tensor, max_seqlen: int, window: Optional[int] = None) -> Tensor:
+    def encode(self, input_ids: Tensor, document_ids: Tensor, positions: Tensor, max_seqlen: int, window: Optional[int] = None,
+               slots: Optional[Tensor] = None) -> Tensor:
         """One row without padding: input_ids, document_ids (ascending), positions [T] -> hidden states [T, d].
 
-        T is a multiple of 128 and no document is longer than max_seqlen.
+        T is a multiple of 128 and no document but padding is longer than max_seqlen. window: tokens to each side that local layers
+        see, half of local_attention_window when None. slots: pack_slots(document_ids, max_seqlen), which only attention without
+        FlexAttention needs; compiled models cannot make them on their own.
         """
+        window = self.config.local_attention_window // 2 if window is None else window
+        if self.uses_flex(document_ids.device):
+            local_mask, global_mask = flex_mask(document_ids, window), flex_mask(document_ids, None)
+        else:
+            slots = pack_slots(document_ids, max_seqlen) if slots is None else slots
+            local_mask, global_mask = local_tiles(document_ids, min(window, max_seqlen - 1)), slot_tiles(document_ids, slots)
         weight = self.embed.weight
         dtype = self.compute_dtype or weight.dtype
         x = x0 = self.norm(F.embedding(input_ids, weight).to(dtype))                 # [T, d]
-        local_mask, global_mask = self.masks(document_ids, max_seqlen, window)
         rotary = rotary_tables(positions, self.config.hidden_size // self.config.num_attention_heads, self.config.frequency_base, dtype)
         first_value, inputs = None, []
         for layer, block in enumerate(self.blocks):
@@ -377,12 +454,12 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
         return cap * torch.tanh(self.lm_head(hidden)[..., : self.config.vocab_size].float() / cap)
 
     def loss(self, input_ids: Tensor, document_ids: Tensor, positions: Tensor, masked: Tensor, targets: Tensor,
-             max_seqlen: int, window: Optional[int] = None) -> Tensor:
+             max_seqlen: int, window: Optional[int] = None, slots: Optional[Tensor] = None) -> Tensor:
         """Summed cross-entropy of one row at its masked positions [N] with targets [N] int64, -100 where there is none.
 
         Only these positions reach the vocabulary: at 15% masking and V = 50k that saves more than any fused kernel.
         """
-        x = self.encoder.encode(input_ids, document_ids, positions, max_seqlen, window)
+        x = self.encoder.encode(input_ids, document_ids, positions, max_seqlen, window, slots)
         return F.cross_entropy(self.logits(x[masked]), targets, ignore_index=-100, reduction="sum")
 
     def forward(self, input_ids: Tensor, attention_mask: Optional[Tensor] = None, labels: Optional[Tensor] = None, **kwargs) -> MaskedLMOutput:

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from dataloading import InputError, Loader, Row, read_manifest, read_shard, sha256_of
 from model import PRESETS as MODEL_PRESETS
-from model import KBERTConfig, KBERTForMaskedLM, option
+from model import KBERTConfig, KBERTForMaskedLM, option, pack_slots
 from optimizer import Optimizer
 
 ROOT = Path(__file__).resolve().parent
@@ -456,7 +456,7 @@ def validate(loss_of, loader: Loader, mask_id: int, window: int, max_length: int
         masked = torch.from_numpy(np.pad(masked, (0, -len(masked) % 64 or 64))).to(place.device)
         input_ids, masked, targets = corrupt(row, masked, mask_id)
         # With gradients enabled, though unused: the graph that training compiled serves here too.
-        total += loss_of(input_ids, row.document_ids, row.positions, masked, targets, max_length, window).detach()
+        total += loss_of(input_ids, row.document_ids, row.positions, masked, targets, max_seqlen=max_length, window=window).detach()
     loss, count = place.sum(total.item(), count)
     if not count:
         raise InputError("the validation set holds no text to mask: raise --data.valid_tokens or pack more text")
@@ -637,15 +637,16 @@ def mask_count(rate: float, row_tokens: int) -> int:
 
 
 def make_loss(model: KBERTForMaskedLM, compiled: bool):
-    """model.loss, compiled once for each window whatever the number of masked positions."""
+    """model.loss with the window in tokens of both sides, compiled once for each window whatever the number of masked positions."""
     if not compiled:
-        return model.loss
+        return lambda *row, max_seqlen, window: model.loss(*row, max_seqlen, window // 2)
     compiled_loss = torch.compile(model.loss, dynamic=False)
 
-    def loss_of(input_ids, document_ids, positions, masked, targets, max_seqlen, window):
-        torch._dynamo.mark_dynamic(masked, 0)
-        torch._dynamo.mark_dynamic(targets, 0)
-        return compiled_loss(input_ids, document_ids, positions, masked, targets, max_seqlen, window // 2)
+    def loss_of(input_ids, document_ids, positions, masked, targets, *, max_seqlen, window):
+        slots = None if input_ids.is_cuda else pack_slots(document_ids, max_seqlen)
+        for tensor in (masked, targets) if slots is None else (masked, targets, slots):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        return compiled_loss(input_ids, document_ids, positions, masked, targets, max_seqlen, window // 2, slots)
 
     return loss_of
 
@@ -656,7 +657,7 @@ def warm_up(model, loss_of, optimizer: Optimizer, windows: list[int], row_tokens
     input_ids = token * 31 % model.config.vocab_size
     masked = torch.arange(0, row_tokens, 5, device=device)[: mask_count(0.15, row_tokens)]
     for window in windows:
-        loss_of(input_ids, token // max_length, token % max_length, masked, input_ids[masked].long(), max_length, window).backward()
+        loss_of(input_ids, token // max_length, token % max_length, masked, input_ids[masked].long(), max_seqlen=max_length, window=window).backward()
     optimizer.step(lr_factor=0.0, momentum=0.0)
     optimizer.reset()
 
@@ -888,7 +889,7 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
         loss = torch.zeros((), device=device)
         for row in batch:
             input_ids, masked, targets = draw_masks(row, count, train.seed, config.mask_token_id)
-            row_loss = loss_of(input_ids, row.document_ids, row.positions, masked, targets, data.max_length, window) / masked_tokens
+            row_loss = loss_of(input_ids, row.document_ids, row.positions, masked, targets, max_seqlen=data.max_length, window=window) / masked_tokens
             row_loss.backward()
             loss += row_loss.detach()
         optimizer.step(factor, muon_momentum(progress, train))

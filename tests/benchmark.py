@@ -54,7 +54,7 @@ class Ours:
 
     def step(self, row: Row, count: int, progress: float) -> torch.Tensor:
         input_ids, masked, targets = draw_masks(row, count, 1, self.config.mask_token_id)
-        loss = self.loss_of(input_ids, row.document_ids, row.positions, masked, targets, self.max_length, self.config.local_attention_window)
+        loss = self.loss_of(input_ids, row.document_ids, row.positions, masked, targets, max_seqlen=self.max_length, window=self.config.local_attention_window)
         loss = loss / min(count, row.round_text[0])
         loss.backward()
         self.optimizer.step(lr_factor(progress, self.train), muon_momentum(progress, self.train))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from model import (PRESETS, KBERTConfig, KBERTForMaskedLM, KBERTForQuestionAnswering, KBERTForSequenceClassification, KBERTModel, attend,
-                   blockwise_mask, flex_mask)
+                   flex_mask, local_tiles, pack_slots, slot_tiles)
 
 VOCAB = 200
 
@@ -65,16 +65,30 @@ def reference_attention(q, k, v, documents, window, scale):
 
 @pytest.mark.parametrize("window", [1, 8, 64, 100, None])
 @pytest.mark.parametrize("lengths", [LENGTHS, [128], [5] * 60, [600, 1, 1, 30]])
-def test_blockwise_attention_agrees_with_fp64_forward_and_backward(window, lengths):
+def test_tiled_attention_agrees_with_fp64_forward_and_backward(window, lengths):
     _, documents, _ = row_of(lengths)
     torch.manual_seed(1)
     q, k, v = (torch.randn(1, len(documents), 2, 16, dtype=torch.float64, requires_grad=True) for _ in range(3))
     direction = torch.randn(1, len(documents), 2, 16)
-    got = attend(q, k, v, blockwise_mask(documents, window, max(lengths)), 0.3)
+    mask = slot_tiles(documents, pack_slots(documents, max(lengths))) if window is None else local_tiles(documents, window)
+    got = attend(q, k, v, mask, 0.3)
     expected = reference_attention(q, k, v, documents, window, 0.3)
+    got, expected = (x[:, : sum(lengths)] for x in (got, expected))  # the padding at the end may have been cut into slots
+    direction = direction[:, : sum(lengths)]
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5, check_dtype=False)
     for a, b in zip(torch.autograd.grad((got * direction).sum(), (q, k, v)), torch.autograd.grad((expected * direction).sum(), (q, k, v))):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [5] * 60, [1000]])
+def test_slots_hold_every_token_once_and_documents_whole(lengths):
+    _, documents, _ = row_of(lengths)
+    longest = min(max(lengths), 200)
+    slots = pack_slots(documents, longest)
+    assert slots.size(1) == longest and sorted(slots[slots < len(documents)].tolist()) == list(range(len(documents)))
+    for document, length in enumerate(lengths):
+        inside = torch.isin(slots, (documents == document).nonzero()[:, 0]).any(1).sum()
+        assert inside == -(-length // longest)
 
 
 @pytest.mark.parametrize("window", [8, 64, 200, None])
