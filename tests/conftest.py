@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin make a shared machine 20 times slower
 
-from dataloading import sha256_of, write_manifest, write_shard
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from dataloading import sha256_of, write_manifest, write_shard  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECIALS = {"cls": 0, "sep": 1, "pad": 2, "mask": 3, "unk": 4}
