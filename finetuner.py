@@ -304,8 +304,9 @@ READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "cs
 
 def read_rows(task: Task, data: DataConfig) -> dict:
     """{split: rows of the data set}. Files in a folder are splits by name: train.parquet, validation-00000-of-00001.parquet."""
-    from datasets import load_dataset
+    from datasets import disable_progress_bars, load_dataset
 
+    disable_progress_bars()
     name = data.dataset or task.dataset
     if name is None:
         raise InputError("--task custom needs data: give --data.dataset FILE_OR_FOLDER, --data.text COLUMN and --data.label COLUMN")
@@ -336,7 +337,7 @@ def read_rows(task: Task, data: DataConfig) -> dict:
     except InputError:
         raise
     except Exception as error:  # pyarrow, pandas and datasets each raise their own
-        raise InputError(f"cannot read {path} ({_first_line(error)}): check the file") from error
+        raise InputError(f"cannot read {path}, or it has no rows ({_first_line(error)}): check the file") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -351,7 +352,7 @@ def choose_columns(task: Task, data: DataConfig, rows: dict) -> list[str]:
             raise InputError(f"{split} has no column {', '.join(missing)}: its columns are {', '.join(table.column_names)}; "
                              "choose with --data.text, --data.text_pair and --data.label")
         if not len(table):
-            raise InputError(f"split {split} of the data set has no rows: fill it or take it away")
+            raise InputError(f"split {split} has no rows: write some or take it away")
     return columns
 
 
@@ -846,8 +847,8 @@ def finetune(net: Network, data: Data, train: FinetuneConfig, place: Place, task
     splits = [split for split, content in data.splits.items() if split != "train" and content.known.any()]
     metrics, predictions = evaluate(net, data, splits, place, task, max_answer)
     value = score(metrics[data.dev], data.metrics)
-    if log:
-        write(best["step"], dev_score=value)
+    if log and train.patience is None:
+        write(done, dev_score=value)
     return {"score": value, "best_step": best["step"], "steps": steps, "seconds": clock.seconds, "examples_per_second": done * train.batch_size / max(clock.seconds, 1e-9),
             "metrics": metrics}, predictions
 
@@ -902,11 +903,10 @@ def model_card(name: str, title: str, base: Base, data: Data, report: dict) -> s
             f"{rows}\n\n```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained(\"{title}\", trust_remote_code=True)\n```\n")
 
 
-def run_task(place: Place, name: str, base: Base, data_config: DataConfig, cells: list[FinetuneConfig], folder: Path, log: Optional[RunLog], hub: Optional[HubPusher],
-             revision: str = "main") -> dict:
+def run_task(place: Place, name: str, base: Base, data: Data, data_config: DataConfig, cells: list[FinetuneConfig], folder: Path, log: Optional[RunLog],
+             hub: Optional[HubPusher], revision: str) -> dict:
     """Finetunes with every setting of `cells`, keeps the model that scores best on the dev split, and returns what metrics.json holds."""
     task, train, device = TASKS[name], cells[0], place.device
-    data: Data = place.on_first(lambda: read_data(name, data_config, base))
     starts = ["pretrained", "random weights"] if train.compare_random else ["pretrained"]
     todo = [(start, cell) for cell in cells for start in starts]
     if log:
@@ -1109,28 +1109,37 @@ def run(place: Place, preset: str, task: str, protocol_name: str, given: dict, a
         log.section("code", f"{module_code()}\n--- finetuner.py\n{Path(__file__).read_text(encoding='utf-8')}")
         log.section("run", f"{folder}: from {base_name}" + ("" if train.base_model else ", the newest finished pretraining run"), echo=True)
 
-    def one(name: str, into: Path, start: Base, revision: str) -> dict:
-        place.on_first(lambda: into.mkdir(exist_ok=True))
-        return run_task(place, name, start, data, grid_of(protocol, name, set(flags), train), into, log, hub[0] if hub else None, revision)
+    def one(name: str, into: Path, start: Base, revision: str) -> dict | str:
+        """metrics.json of a task, or why its data is missing."""
+        def read() -> Data | str:
+            into.mkdir(exist_ok=True)
+            try:
+                return read_data(name, data, start)
+            except MissingData as error:
+                return str(error)
+
+        found = place.on_first(read)
+        return found if isinstance(found, str) else run_task(place, name, start, found, data, grid_of(protocol, name, set(flags), train), into, log,
+                                                             hub[0] if hub else None, revision)
 
     if task != "glue":
         if task in protocol.from_mnli:
             base = place.on_first(lambda: open_base(mnli_model(Path(train.out), base_name), data.max_length))
-        one(task, folder, base, "main")
+        if isinstance(missing := one(task, folder, base, "main"), str):
+            raise InputError(missing)
     else:
-        medians, reports = {}, {}
+        medians = {}
         for name in GLUE:
             start = base
-            if name in protocol.from_mnli and "mnli" in reports:
+            if name in protocol.from_mnli and "mnli" in medians:
                 start = place.on_first(lambda: open_base(str(folder / "mnli" / "model"), data.max_length))
-            finished = place.on_first(lambda: json.loads((folder / name / "metrics.json").read_text()) if (folder / name / "metrics.json").exists() else None)
-            try:
-                reports[name] = finished or one(name, folder / name, start, name)
-            except MissingData as error:
+            metrics = folder / name / "metrics.json"
+            report = place.on_first(lambda: json.loads(metrics.read_text()) if metrics.exists() else None) or one(name, folder / name, start, name)
+            if isinstance(report, str):
                 if log:
-                    log.write(f"{name} is left out: {error}")
+                    log.write(f"{name} is left out: {report}")
                 continue
-            medians[name] = {split: {metric: value["median"] for metric, value in values.items()} for split, values in reports[name]["results"]["pretrained"].items()}
+            medians[name] = {split: {metric: value["median"] for metric, value in values.items()} for split, values in report["results"]["pretrained"].items()}
         if not medians:
             raise InputError("no GLUE task has its data: give --data.dataset FOLDER with a folder for each task, named as in nyu-mll/glue")
         scores = glue_scores(medians)
