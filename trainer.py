@@ -734,6 +734,11 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
         raise InputError(f"{run} holds a run already: choose another --train.run_name, or continue it with --train.resume auto")
     place.on_first(lambda: run.mkdir(parents=True, exist_ok=True))
     place.on_first(lambda: (run / "log.txt").touch())
+    if train.wandb_project:
+        try:
+            import wandb
+        except ImportError as error:
+            raise InputError("--train.wandb_project needs the package wandb: run `pip install wandb`") from error
     hub = None
     if train.hf_model_name:
         ok: list = []
@@ -790,7 +795,6 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
     log, wandb_run, peak = None, None, peak_flops(device) * place.world_size
     if place.first:
         if train.wandb_project:
-            import wandb
             wandb_run = wandb.init(project=train.wandb_project, name=run.name, config=resolved)
         alone = Place(0, 1, torch.device("cpu"))
         validation = describe_validation(validation_loader(directory, manifest, data, row_tokens, alone),

@@ -4,6 +4,7 @@
     python tests/benchmark.py --data DIR --layers 6 --hidden 384 --heads 6 --intermediate 576
     python tests/benchmark.py --data DIR ... --train-minutes 15             train both that long: two curves of validation loss
     python tests/benchmark.py --preset base --data DIR --row-tokens 65536   on a GPU
+    python tests/benchmark.py --loader                                      the loader alone, on one core
 
 The reference gets AdamW, bf16 autocast, sdpa, prediction at masked positions only, and the batch shape that suits it best among
     bucketed      documents sorted by length, padded to the longest of each batch
@@ -17,7 +18,6 @@ import argparse
 import itertools
 import json
 import math
-import resource
 import statistics
 import sys
 import time
@@ -147,6 +147,7 @@ def peak_memory_mb(device: torch.device) -> float:
     """Of the process on a CPU, of the allocator on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
@@ -185,6 +186,21 @@ def compare_steps(arguments, config, train, loader, place) -> dict:
     return {"ours_tokens_per_s": round(rates["kbert"]), "reference_tokens_per_s": round(rates[best]), "ratio": round(rates["kbert"] / rates[best], 3),
             "reference": best, "variants": {name: round(rate) for name, rate in rates.items()},
             "mfu": round(flops / statistics.median(seconds["kbert"]) / peak, 4), "ours_peak_memory_mb": round(memory["kbert"])}
+
+
+def measure_loader(loader: Loader, seconds: float = 5.0) -> dict:
+    """Tokens a second from warm shards, by one thread, the first epoch's opening of shards included."""
+    torch.set_num_threads(1)
+    for _ in zip(range(20), loader):
+        pass
+    tokens, padding, start = 0, 0, time.perf_counter()
+    for row in loader:
+        real = int(row.round_lengths.sum())
+        tokens, padding = tokens + real, padding + row.input_ids.size(0) - real
+        if (taken := time.perf_counter() - start) > seconds:
+            break
+    print(f"{tokens / taken / 1e6:.1f}M tokens/s, {100 * padding / (tokens + padding):.3f}% padding, {tokens:,} tokens in {taken:.1f} s")
+    return {"loader_tokens_per_s": round(tokens / taken), "padding": padding / (tokens + padding)}
 
 
 def train_for(side, loader: Loader, valid: Loader, train: TrainConfig, row_tokens: int, place: Place, curve: list) -> float:
@@ -236,6 +252,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256, help="tokens in the longest document [256]")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side [5]")
     parser.add_argument("--steps", type=int, default=3, help="timed steps in a turn [3]")
+    parser.add_argument("--loader", action="store_true", help="measure the loader alone")
     parser.add_argument("--train-minutes", type=float, help="instead of timing steps, train each side this many minutes")
     parser.add_argument("--valid-tokens", type=int, default=100_000, help="tokens of text to validate on [100000]")
     parser.add_argument("--reference-lrs", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="AdamW's learning rates to try [5e-4 1e-3 2e-3]")
@@ -257,7 +274,9 @@ def main() -> None:
             return Loader(directory, manifest, "train", arguments.row_tokens, arguments.max_length, seed=1, device=place.device)
         valid = Loader(directory, manifest, "valid", arguments.row_tokens, arguments.max_length, seed=None, max_tokens=arguments.valid_tokens, device=place.device)
         train = TrainConfig(max_minutes=arguments.train_minutes)
-        if arguments.train_minutes:
+        if arguments.loader:
+            result = measure_loader(new_loader())
+        elif arguments.train_minutes:
             result = compare_training(arguments, config, train, new_loader, valid, place)
         else:
             result = compare_steps(arguments, config, train, new_loader(), place)

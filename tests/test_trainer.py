@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from dataloading import InputError, Loader, read_manifest
 from hub_stand_in import Hub
 from model import KBERTConfig
 from trainer import (LOG_LINE, PRESETS, DataConfig, TrainConfig, batch_factor, draw_masks, forward_flops, frozen_mask, local_window, log_line,
-                     lr_factor, main, mask_rate, muon_momentum, parse_flags)
+                     lr_factor, main, mask_rate, muon_momentum, parse_flags, processes)
 
 TINY = ["--preset", "micro", "--data.max_length", "100", "--data.valid_tokens", "1500", "--train.row_tokens", "256", "--train.batch_tokens", "1536",
         "--train.steps", "20", "--train.valid_every", "10", "--train.save_every", "10", "--train.keep_checkpoints", "9", "--train.compile", "false",
@@ -296,6 +297,18 @@ def test_a_failing_hub_never_stops_a_run(corpus, tmp_path):
     assert (tmp_path / "unpushed" / "to_push" / "step-000010" / "model.safetensors").exists()
 
 
+def test_wandb_is_imported_only_when_asked_for(corpus, tmp_path, monkeypatch):
+    assert "wandb" not in sys.modules
+    with pytest.raises(InputError, match="pip install wandb"):
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        main(flags(corpus, tmp_path, "missing", "--train.wandb_project", "p"))
+    logged = []
+    run = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("finished"))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **keywords: run))
+    main(flags(corpus, tmp_path, "reported", "--train.wandb_project", "p", "--train.steps", "2", "--train.save_every", "0"))
+    assert [step for step, _ in logged[:-1]] == [0, 1, 2, 2] and "val_loss" in logged[0][1] and logged[-1] == "finished"
+
+
 # --- bad input: one sentence and a non-zero exit, on every rank
 
 
@@ -324,6 +337,19 @@ def test_no_data_says_which_command_brings_some(tmp_path):
 def test_bad_settings_are_one_sentence(corpus, tmp_path, more, message):
     with pytest.raises(InputError, match=message):
         main(flags(corpus, tmp_path, "bad", *more))
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="start again with --nproc_per_node=1"), processes():
+        pass
+
+
+def test_a_token_beyond_the_vocabulary_reaches_every_rank(tmp_path):
+    path = write_documents(tmp_path / "data", {"train": [sentences(1, 50, vocab_size=90)], "valid": [sentences(2, 20)]})
+    assert "beyond the vocabulary of 64" in failure(path, tmp_path, processes=2)
 
 
 def test_a_run_is_never_overwritten(corpus, finished):
