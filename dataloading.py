@@ -291,7 +291,7 @@ class Loader:
 
     def __init__(self, directory: Path, manifest: dict, split: str, row_tokens: int, max_length: int, *, seed: int | None,
                  rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu", max_tokens: int | None = None,
-                 state: dict | None = None, rows_ahead: int = 8):
+                 state: dict | None = None, rows_ahead: int = 16):
         shards = [directory / name for name, entry in manifest["shards"].items() if entry["split"] == split]
         if not shards:
             raise InputError(f"{directory / 'manifest.json'} lists no {split} shards: download or pack them, for example "

@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from dataloading import InputError, Loader, Row, read_manifest, read_shard, sha256_of
+from dataloading import SCAN_TOKENS, InputError, Loader, Row, read_manifest, read_shard, sha256_of
 from model import PRESETS as MODEL_PRESETS
 from model import KBERTConfig, KBERTForMaskedLM, option, pack_slots
 from optimizer import Optimizer
@@ -472,7 +472,8 @@ def describe_validation(loader: Loader, train_shards: list[Path], vocab_size: in
     for path in train_shards:
         tokens = read_shard(path)[:budget]
         budget -= len(tokens)
-        counts += np.bincount(tokens, minlength=vocab_size)[:vocab_size]
+        for low in range(0, len(tokens), SCAN_TOKENS):
+            counts += np.bincount(tokens[low : low + SCAN_TOKENS], minlength=vocab_size)[:vocab_size]
     counts[[loader.specials[name] for name in ("cls", "sep", "pad", "mask")]] = 0
     with np.errstate(divide="ignore"):
         surprise = -np.log(counts / counts.sum())
@@ -730,10 +731,10 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
     checkpoint = place.on_first(lambda: find_checkpoint(train.resume, out, train.run_name) if train.resume else None)
     name = train.run_name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{preset}"
     run = place.on_first(lambda: checkpoint.parent.parent if checkpoint else out / name)
-    if checkpoint is None and place.on_first(lambda: (run / "log.txt").exists()):
+    if checkpoint is None and place.on_first(lambda: (run / "log.txt").exists() and (run / "log.txt").stat().st_size > 0):
         raise InputError(f"{run} holds a run already: choose another --train.run_name, or continue it with --train.resume auto")
     place.on_first(lambda: run.mkdir(parents=True, exist_ok=True))
-    place.on_first(lambda: (run / "log.txt").touch())
+    place.on_first(lambda: (run / "log.txt").touch())  # says now, not in an hour, that this place cannot be written
     if train.wandb_project:
         try:
             import wandb

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import gc
 import inspect
 import json
 import multiprocessing
@@ -82,8 +83,9 @@ def read_docstrings(path: str) -> list[tuple[str, str]]:
             tree = ast.parse(Path(path).read_bytes())
     except (SyntaxError, ValueError, RecursionError, OSError):  # a template, or syntax of another Python
         return []
-    docstrings = []
-    for node in ast.walk(tree):
+    docstrings, nodes = [], [tree]
+    for node in nodes:  # grows while it is walked: statements only, where ast.walk would visit every expression
+        nodes += [child for child in getattr(node, "body", ()) if hasattr(child, "body")]
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
             paragraphs = [part.rstrip() for part in re.split(r"\n\s*\n", text) if ">>>" not in part and "```" not in part]
@@ -97,8 +99,8 @@ def read_documents(packages: list[str]) -> list[tuple[str, str, str]]:
     """(package, name, text), no paragraph of more than a few words twice, names and numbers in it disregarded."""
     files = [(package, path) for package in packages for path in source_files(package)]
     documents, seen = [], set()
-    # spawn: the caller may hold threads and locks that a fork would copy
-    with multiprocessing.get_context("spawn").Pool() as pool:
+    # spawn: the caller may hold threads and locks that a fork would copy; gc: a syntax tree is many objects and no cycles
+    with multiprocessing.get_context("spawn").Pool(initializer=gc.disable) as pool:
         read = pool.imap(read_docstrings, [path for _, path in files], chunksize=32)
         for (package, _), docstrings in zip(files, tqdm(read, total=len(files), unit="file", desc="reading")):
             for name, text in docstrings:

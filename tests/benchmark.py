@@ -242,6 +242,21 @@ def compare_training(arguments, config, train, new_loader, valid, place) -> dict
             "seconds_to_reference_loss": reached, "curves": curves}
 
 
+def plot(curves: dict[str, list], out: Path) -> None:
+    """Validation loss against minutes of training, readable on light and dark pages."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=150, facecolor="white", layout="constrained")
+    for number, (name, curve) in enumerate(curves.items()):
+        axes.plot([seconds / 60 for seconds, _, _ in curve], [loss for _, _, loss in curve], label=name, lw=2.2 if number == 0 else 1.4,
+                  color=("#c1272d", "#7fa7d1", "#3b6ea5", "#1b3a5c")[number % 4])
+    axes.set(xlabel="training time (minutes)", ylabel="validation loss (nats per masked token)")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/sample", help="folder of shards [data/sample]")
@@ -260,6 +275,7 @@ def main() -> None:
     parser.add_argument("--reference-compile", action="store_true", help="compile the reference when training")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     parser.add_argument("--out", type=Path, help="file to write the JSON object to")
+    parser.add_argument("--plot", type=Path, help="with --train-minutes: picture of the curves to write")
     arguments = parser.parse_args()
     shape = {**PRESETS[arguments.preset], **{f: v for f in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
                                              if (v := getattr(arguments, f)) is not None}}
@@ -285,6 +301,8 @@ def main() -> None:
                    "shape": {**shape, "vocab_size": config.vocab_size, "row_tokens": arguments.row_tokens, "max_length": arguments.max_length}}
     if arguments.out:
         arguments.out.write_text(json.dumps(result) + "\n")
+    if arguments.plot and "curves" in result:
+        plot(result["curves"], arguments.plot)
     if arguments.json:
         print(json.dumps(result))
 
