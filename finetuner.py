@@ -142,7 +142,7 @@ class FinetuneConfig:
 
 PRESETS = {
     "base": {},
-    "micro": {"train.lr": 3e-4, "train.epochs": 2.0, "train.batch_size": 32, "train.compare_random": True},
+    "micro": {"data.max_train_examples": 6000, "train.epochs": 1.0, "train.lr": 3e-4, "train.compare_random": True},
 }
 DEFAULT_TASK = {"base": "mnli", "micro": "pairs"}
 
@@ -218,7 +218,8 @@ def open_base(name: str, max_length: Optional[int]) -> Base:
     if not tokenizer.is_fast:
         raise InputError(f"the tokenizer of {name} has no tokenizer.json: save it as a fast tokenizer first")
     limit = config.get("max_position_embeddings") or 512
-    return Base(name, kbert, config, tokenizer, min(max_length or 512, limit))
+    tokenizer.model_max_length = min(max_length or 512, limit)
+    return Base(name, kbert, config, tokenizer, tokenizer.model_max_length)
 
 
 def build_model(base: Base, kind: str, classes: list[str], seed: int, random: bool = False) -> nn.Module:
@@ -358,13 +359,12 @@ def choose_columns(task: Task, data: DataConfig, rows: dict) -> list[str]:
 
 def number_labels(raw: dict[str, list], task: Task, names: Optional[list[str]], custom: bool) -> tuple[dict[str, np.ndarray], list[str]]:
     """Labels of each split as numbers, -1 or nan where missing, and the names of the classes (of a number: none)."""
-    def missing(value, values) -> bool:
-        # In a set of one's own, -1 may be a class: there it means "no label" only in a split that has no other.
-        return value is None or value != value or (value == -1 and (not custom or set(values) <= {-1, None}))
-
-    seen = {split: {value for value in set(values) if not missing(value, values)} for split, values in raw.items()}
+    # In a set of one's own, -1 may be a class: there it means "no label" only in a split that has no other.
+    none = {split: {None} if custom and set(values) - {-1, None} else {None, -1} for split, values in raw.items()}
+    labels = {split: [None if value in none[split] or value != value else value for value in values] for split, values in raw.items()}
     if task.kind == "number":
-        return {split: np.array([np.nan if missing(value, raw[split]) else value for value in values], dtype=np.float64) for split, values in raw.items()}, ["score"]
+        return {split: np.array(values, dtype=np.float64) for split, values in labels.items()}, ["score"]
+    seen = {split: set(values) - {None} for split, values in labels.items()}
     if names is None:
         values = sorted(seen["train"])
         names, number = [str(value) for value in values], {value: i for i, value in enumerate(values)}
@@ -373,20 +373,22 @@ def number_labels(raw: dict[str, list], task: Task, names: Optional[list[str]], 
     for split, values in seen.items():
         if unknown := sorted(map(str, values - number.keys())):
             raise InputError(f"split {split} has the label {unknown[0]}, which is none of the classes {', '.join(names)}: check --data.label")
-    return {split: np.array([-1 if missing(value, values) else number[value] for value in values]) for split, values in raw.items()}, names
+    return {split: np.array([-1 if value is None else number[value] for value in values]) for split, values in labels.items()}, names
 
 
-def encode_texts(rows, columns: list[str], tokenizer: PreTrainedTokenizerFast, max_length: int) -> tuple[np.ndarray, Optional[np.ndarray], np.ndarray, int]:
-    """Tokens, segments and ends of a Split, and how many examples were cut."""
-    tokens, segments, lengths, cut = [], [], [], 0
+def encode_texts(rows, columns: list[str], labels: np.ndarray, tokenizer: PreTrainedTokenizerFast, max_length: int) -> tuple[Split, int]:
+    """The split, and how many examples were cut, the longer text first."""
+    tokens, segments, cut = [], [], 0
     for start in range(0, len(rows), 1000):
         batch = rows[start : start + 1000]
-        encoded = tokenizer(*(["" if text is None else str(text) for text in batch[column]] for column in columns), truncation=True, max_length=max_length)
+        texts = (["" if text is None else str(text) for text in batch[column]] for column in columns)
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
         tokens += [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
         segments += [np.array(ids, dtype=np.int8) for ids in encoded.get("token_type_ids", [])]
         cut += sum(bool(e.overflowing) for e in encoded.encodings)
-    lengths = [len(ids) for ids in tokens]
-    return np.concatenate(tokens), np.concatenate(segments) if segments else None, np.cumsum(lengths), cut
+    known = ~np.isnan(labels) if labels.dtype == np.float64 else labels >= 0
+    idx = list(rows["idx"]) if "idx" in rows.column_names else list(range(len(rows)))
+    return Split(np.concatenate(tokens), np.concatenate(segments) if segments else None, np.cumsum([len(ids) for ids in tokens]), labels, known, idx), cut
 
 
 def encode_questions(rows, columns: list[str], tokenizer: PreTrainedTokenizerFast, max_length: int, stride: int) -> Split:
@@ -411,8 +413,8 @@ def encode_questions(rows, columns: list[str], tokenizer: PreTrainedTokenizerFas
                 held = np.flatnonzero((offsets[:, 1] > first) & (offsets[:, 0] < last) & inside)
                 if len(held) and offsets[held[0], 0] <= first and offsets[held[-1], 1] >= last:
                     label = (held[0], held[-1])
-            values = (np.array(ids, np.int32), np.array(encoded.get("token_type_ids", [[]] * (window + 1))[window], np.int8), label, number, offsets.astype(np.int32))
-            for name, value in zip(parts, values):
+            segments = encoded["token_type_ids"][window] if "token_type_ids" in encoded else []
+            for name, value in zip(parts, (np.array(ids, np.int32), np.array(segments, np.int8), label, number, offsets.astype(np.int32))):
                 parts[name].append(value)
         contexts.append(context)
         answers.append(list(answer["text"]))
@@ -441,7 +443,7 @@ def read_shards(directory: Path, base: Base) -> tuple[dict[str, Split], Optional
     if (directory / "tokenizer").is_dir():
         same = PreTrainedTokenizerFast.from_pretrained(directory / "tokenizer").get_vocab() == vocabulary
     else:
-        same = (specials["cls"], specials["sep"]) == (base.tokenizer.cls_token_id, base.tokenizer.sep_token_id) and specials["vocab_size"] == len(vocabulary)
+        same = [specials[name] for name in ("cls", "sep", "vocab_size")] == [base.tokenizer.cls_token_id, base.tokenizer.sep_token_id, len(vocabulary)]
     if not same:
         raise InputError(f"{directory} is packed with the tokenizer {specials.get('name')}, which is not that of the base model {base.name}: "
                          "give raw text, or pack it again with `python data/pack_mnli.py --tokenizer` and the base model")
@@ -459,29 +461,35 @@ def read_shards(directory: Path, base: Base) -> tuple[dict[str, Split], Optional
                 text = np.concatenate([*cut_longest_first(parts, base.max_length - 2), text[-1:]])
                 cut += 1
             texts.append(np.concatenate([[specials["cls"]], text]).astype(np.int32))
-        new = Split(np.concatenate(texts), None, np.cumsum([len(text) for text in texts]), np.where(labels == NO_LABEL, -1, labels), labels != NO_LABEL,
-                    list(range(len(texts))))
-        splits[manifest["shards"][name]["split"]] = new
+        splits[manifest["shards"][name]["split"]] = Split(
+            np.concatenate(texts), None, np.cumsum([len(text) for text in texts]), np.where(labels == NO_LABEL, -1, labels), labels != NO_LABEL,
+            list(range(len(texts))))
     return splits, manifest["source"].get("labels"), cut
 
 
 @dataclass
 class Data:
+    """A task with its examples."""
+    name: str
+    task: Task
+    source: str                                         # folder, file or Hub id
     splits: dict[str, Split]
     classes: list[str]
-    kind: str
-    metrics: tuple[str, ...]
     dev: str                                            # the split that models are chosen by
     notes: list[str]                                    # what the reader should know about how it was read
+    max_answer: int                                     # tokens
+
+    @property
+    def labelled(self) -> list[str]:
+        """Splits to measure on."""
+        return [split for split, content in self.splits.items() if split != "train" and content.known.any()]
 
 
 def read_data(name: str, data: DataConfig, base: Base) -> Data:
     """Everything from --task and --data.* to tokenised splits."""
-    task, notes = TASKS[name], []
-    kind, metrics, custom = task.kind, task.metrics, name == "custom"
-    directory = Path(data.dataset) if data.dataset else None
-    if directory and (directory / "manifest.json").exists():
-        splits, named, cut = read_shards(directory, base)
+    task, notes, custom = TASKS[name], [], name == "custom"
+    if data.dataset and (Path(data.dataset) / "manifest.json").exists():
+        splits, named, cut = read_shards(Path(data.dataset), base)
         classes = list(task.classes or named or map(str, range(int(splits["train"].labels.max()) + 1)))
         for split, content in splits.items():
             if content.labels.max() >= len(classes):
@@ -495,22 +503,17 @@ def read_data(name: str, data: DataConfig, base: Base) -> Data:
             held = rows["train"].train_test_split(test_size=min(2000, math.ceil(len(rows["train"]) / 10)), seed=0)
             rows |= {"train": held["train"], "validation": held["test"]}
             notes.append(f"no validation split: {len(held['test'])} rows of train are held out for it")
-        cut = 0
-        if kind == "span":
+        if task.kind == "span":
+            classes, cut = [], 0
             splits = {split: encode_questions(table, columns, base.tokenizer, base.max_length, data.stride) for split, table in rows.items()}
-            classes = []
         else:
             raw = {split: list(table[data.label]) if data.label in table.column_names else [None] * len(table) for split, table in rows.items()}
             names = task.classes or getattr(rows["train"].features[data.label], "names", None)
             if custom and names is None and any(type(value) is float and value == value for value in raw["train"]):
-                kind, metrics, task = "number", ("pearson", "spearman"), dataclasses.replace(task, kind="number")
+                task = dataclasses.replace(task, kind="number", metrics=("pearson", "spearman"))
             labels, classes = number_labels(raw, task, names and list(names), custom)
-            splits = {}
-            for split, table in rows.items():
-                tokens, segments, ends, over = encode_texts(table, columns, base.tokenizer, base.max_length)
-                known = ~np.isnan(labels[split]) if kind == "number" else labels[split] >= 0
-                splits[split] = Split(tokens, segments, ends, labels[split], known, list(table["idx"]) if "idx" in table.column_names else list(range(len(table))))
-                cut += over
+            encoded = {split: encode_texts(table, columns, labels[split], base.tokenizer, base.max_length) for split, table in rows.items()}
+            splits, cut = {split: content for split, (content, _) in encoded.items()}, sum(over for _, over in encoded.values())
     if cut:
         notes.append(f"{cut} examples are longer than {base.max_length} tokens and were cut, the longer text first")
     if not splits["train"].known.all():
@@ -521,12 +524,12 @@ def read_data(name: str, data: DataConfig, base: Base) -> Data:
     if not len(keep):
         raise InputError("no example of train has a label: check --data.label")
     splits["train"] = splits["train"].only(keep)
-    if kind == "classes" and len(classes) < 2:
+    if task.kind == "classes" and len(classes) < 2:
         raise InputError(f"column {data.label} holds only the class {', '.join(classes)}: there is nothing to tell apart")
     dev = data.validation or next(split for split in ("validation", *task.report, *splits) if split in splits and split != "train")
     if dev not in splits or not splits[dev].known.any():
         raise InputError(f"no labelled split {dev} to choose by: the splits are {', '.join(splits)}; choose with --data.validation")
-    return Data(splits, classes, kind, metrics, dev, notes)
+    return Data(name, task, data.dataset or task.dataset, splits, classes, dev, notes, data.max_answer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -726,24 +729,24 @@ def measure_spans(outputs: list, spans: Spans, v2: bool, threshold: Optional[flo
     return {**dict(zip(("f1", "exact_match"), scores.mean(0).tolist())), "null_threshold": threshold}, ["" if s else text for s, text in zip(silent, texts)]
 
 
-def evaluate(net: Network, data: Data, splits: list[str], place: Place, task: str, max_answer: int) -> tuple[dict, dict]:
+def evaluate(net: Network, data: Data, splits: list[str], place: Place) -> tuple[dict, dict]:
     """{split: metrics} of those with labels, {split: predictions}. The dev split comes first: it chooses the null threshold."""
     metrics, predictions = {}, {}
     for name in sorted(splits, key=lambda name: name != data.dev):
         split = data.splits[name]
-        outputs = predict(net, split, place, max_answer)
-        if data.kind == "span":
+        outputs = predict(net, split, place, data.max_answer)
+        if data.task.kind == "span":
             threshold = metrics.get(data.dev, {}).get("null_threshold")
-            metrics[name], predictions[name] = measure_spans(outputs, split.spans, task == "squad_v2", threshold)
+            metrics[name], predictions[name] = measure_spans(outputs, split.spans, data.name == "squad_v2", threshold)
             continue
-        predictions[name] = decide(outputs, data.kind)
+        predictions[name] = decide(outputs, data.task.kind)
         if split.known.any():
-            metrics[name] = measure(data.metrics, split.labels[split.known], predictions[name][split.known])
+            metrics[name] = measure(data.task.metrics, split.labels[split.known], predictions[name][split.known])
     return metrics, predictions
 
 
-def score(metrics: dict[str, float], names: tuple[str, ...]) -> float:
-    return statistics.fmean(metrics[name] for name in names)
+def dev_score(metrics: dict[str, dict], data: Data) -> float:
+    return statistics.fmean(metrics[data.dev][name] for name in data.task.metrics)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -768,8 +771,7 @@ def sum_gradients(parameters: list[nn.Parameter], place: Place) -> None:
         p.grad = part.view_as(p)
 
 
-def finetune(net: Network, data: Data, train: FinetuneConfig, place: Place, task: str, max_answer: int, log: Optional[RunLog],
-             label: str) -> tuple[dict, dict]:
+def finetune(net: Network, data: Data, train: FinetuneConfig, place: Place, log: Optional[RunLog], label: str) -> tuple[dict, dict]:
     """Trains the network's model in place. label: `task:mnli run:1/5`, which opens lines of the log.
 
     Returns what is said of the run, with the metrics of every labelled split, and the predictions on these.
@@ -778,8 +780,9 @@ def finetune(net: Network, data: Data, train: FinetuneConfig, place: Place, task
     examples, lengths = len(split.ends), split.lengths
     set_trainable(net.model, train.trainable)
     parameters = [p for p in net.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
-                                   {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}], lr=train.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
+              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
     per_epoch = -(-examples // train.batch_size)
     steps = max(1, round(train.epochs * per_epoch))
     eval_every = max(1, per_epoch // train.evals_per_epoch)
@@ -787,7 +790,8 @@ def finetune(net: Network, data: Data, train: FinetuneConfig, place: Place, task
 
     def write(step: int, **values: float) -> None:
         formats = {"train_loss": ".4f", "lr": ".3e", "dev_score": ".4f"}
-        line = f"{label} step:{step}/{steps} epoch:{step / per_epoch:.3f}{''.join(f' {k}:{v:{formats[k]}}' for k, v in values.items())} train_time:{1000 * clock.seconds:.0f}ms"
+        said = "".join(f" {name}:{value:{formats[name]}}" for name, value in values.items())
+        line = f"{label} step:{step}/{steps} epoch:{step / per_epoch:.3f}{said} train_time:{1000 * clock.seconds:.0f}ms"
         assert LOG_LINE.match(line), line
         log.write(line, echo="dev_score" in values)
         log.metrics.write(json.dumps({"run": label, "step": step, "seconds": clock.seconds, **values}) + "\n")
@@ -830,7 +834,7 @@ def finetune(net: Network, data: Data, train: FinetuneConfig, place: Place, task
             losses.clear()
         if done % eval_every == 0 and done < steps or done == steps and train.patience is not None:
             clock.stop()
-            value = score(evaluate(net, data, [data.dev], place, task, max_answer)[0][data.dev], data.metrics)
+            value = dev_score(evaluate(net, data, [data.dev], place)[0], data)
             if log:
                 write(done, dev_score=value)
             if train.patience is None:
@@ -844,13 +848,12 @@ def finetune(net: Network, data: Data, train: FinetuneConfig, place: Place, task
                     break
     if best["weights"] is not None:
         net.model.load_state_dict(best["weights"])
-    splits = [split for split, content in data.splits.items() if split != "train" and content.known.any()]
-    metrics, predictions = evaluate(net, data, splits, place, task, max_answer)
-    value = score(metrics[data.dev], data.metrics)
+    metrics, predictions = evaluate(net, data, data.labelled, place)
+    value = dev_score(metrics, data)
     if log and train.patience is None:
         write(done, dev_score=value)
-    return {"score": value, "best_step": best["step"], "steps": steps, "seconds": clock.seconds, "examples_per_second": done * train.batch_size / max(clock.seconds, 1e-9),
-            "metrics": metrics}, predictions
+    return {"score": value, "best_step": best["step"], "steps": steps, "seconds": clock.seconds,
+            "examples_per_second": done * train.batch_size / max(clock.seconds, 1e-9), "metrics": metrics}, predictions
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -863,61 +866,84 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def baseline(data: Data) -> dict:
     """The metrics of answering always with the most common class of train, or with its mean."""
-    if data.kind == "span":
+    if data.task.kind == "span":
         return {}
     labels = data.splits["train"].labels
-    constant = labels.mean() if data.kind == "number" else np.bincount(labels).argmax()
-    return {name: measure(data.metrics, split.labels[split.known], np.full(split.known.sum(), constant))
-            for name, split in data.splits.items() if name != "train" and split.known.any()}
+    constant = labels.mean() if data.task.kind == "number" else np.bincount(labels).argmax()
+    known = {name: data.splits[name].labels[data.splits[name].known] for name in data.labelled}
+    return {name: measure(data.task.metrics, labels, np.full(len(labels), constant)) for name, labels in known.items()}
 
 
-def write_predictions(folder: Path, task: Task, name: str, data: Data, predictions: dict) -> None:
+def write_predictions(folder: Path, data: Data, predictions: dict) -> None:
     """gluebenchmark.com: one TSV for each test split, `index` and `prediction`. SQuAD: the JSON that the official script reads."""
     folder.mkdir(parents=True, exist_ok=True)
+    by_name = data.task.server_names or data.task.dataset != "nyu-mll/glue"
     for split, values in predictions.items():
-        idx = data.splits[split].idx
-        if data.kind == "span":
-            (folder / f"{split}.json").write_text(json.dumps(dict(zip(idx, values)), ensure_ascii=False), encoding="utf-8")
+        idx, path = data.splits[split].idx, folder / f"{data.task.files.get(split, split)}.tsv"
+        if data.task.kind == "span":
+            path.with_suffix(".json").write_text(json.dumps(dict(zip(idx, values)), ensure_ascii=False), encoding="utf-8")
             continue
-        names = data.classes if task.server_names or name in ("custom", "pairs", "imdb") else list(map(str, range(len(data.classes))))
-        # The server takes similarities from 0 to 5
-        said = [f"{min(5.0, max(0.0, value)) if name == 'stsb' else value:.3f}" for value in values] if data.kind == "number" else [names[value] for value in values]
+        if data.task.kind == "number":
+            low, high = (0.0, 5.0) if data.name == "stsb" else (-math.inf, math.inf)                 # what the server takes
+            said = [f"{min(high, max(low, value)):.3f}" for value in values]
+        else:
+            said = [data.classes[value] if by_name else str(value) for value in values]
         lines = [f"{i}\t{text}" for i, text in zip(idx, said)]
-        (folder / f"{task.files.get(split, split)}.tsv").write_text("\n".join(["index\tprediction", *lines]) + "\n", encoding="utf-8")
+        path.write_text("\n".join(["index\tprediction", *lines]) + "\n", encoding="utf-8")
 
 
-def model_card(name: str, title: str, base: Base, data: Data, report: dict) -> str:
+CARD = """---
+{header}
+---
+# {title}
+
+`{base}` finetuned on {task}. The weights are those of the run that scored best on `{dev}`, with {settings}.
+
+| from | split | metric | median | min | max | runs |
+|---|---|---|---|---|---|---|
+{rows}
+
+```python
+from transformers import {auto}
+
+model = {auto}.from_pretrained("{title}", trust_remote_code=True)
+```
+"""
+
+
+def model_card(title: str, base: Base, data: Data, report: dict) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    task_type = "question-answering" if data.kind == "span" else "text-classification"
-    evaluations = [EvalResult(task_type=task_type, dataset_type=report["dataset"], dataset_name=name, dataset_split=split, metric_type=metric, metric_value=round(value, 5))
-                   for split, metrics in report["model"]["metrics"].items() for metric, value in metrics.items()]
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base.name) and not Path(base.name).exists()
+    span = data.task.kind == "span"
+    task_type = "question-answering" if span else "text-classification"
+    dataset = Path(data.source).name if Path(data.source).exists() else data.source
+    evaluations = [EvalResult(task_type=task_type, dataset_type=dataset, dataset_name=data.name, dataset_split=split, metric_type=metric,
+                              metric_value=round(value, 5)) for split, metrics in report["model"]["metrics"].items() for metric, value in metrics.items()]
+    local = Path(base.name).exists()
     header = ModelCardData(model_name=title, library_name="transformers", license="mit", tags=["finetuned", *(["kbert"] if base.kbert else [])],
-                           base_model=base.name if on_hub else None, pipeline_tag=task_type, eval_results=evaluations).to_yaml()
-    rows = "\n".join(f"| {start} | {split} | {metric} | {value['median']:.4f} | {value['min']:.4f} | {value['max']:.4f} | {value['n']} |"
-                     for start, metrics in report["results"].items() for split, named in metrics.items() for metric, value in named.items())
-    auto = "AutoModelForQuestionAnswering" if data.kind == "span" else "AutoModelForSequenceClassification"
-    return (f"---\n{header}\n---\n# {title}\n\n`{base.name if on_hub else Path(base.name).parent.name}` finetuned on {name}. The weights are those of the run that "
-            f"scored best on `{data.dev}`, with {report['model']['settings']}.\n\n| from | split | metric | median | min | max | runs |\n|---|---|---|---|---|---|---|\n"
-            f"{rows}\n\n```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained(\"{title}\", trust_remote_code=True)\n```\n")
+                           base_model=None if local else base.name, pipeline_tag=task_type, eval_results=evaluations).to_yaml()
+    rows = [f"| {start} | {split} | {metric} | {value['median']:.4f} | {value['min']:.4f} | {value['max']:.4f} | {value['n']} |"
+            for start, metrics in report["results"].items() for split, named in metrics.items() for metric, value in named.items()]
+    return CARD.format(header=header, title=title, base=Path(base.name).parent.name if local else base.name, task=data.name, dev=data.dev,
+                       settings=", ".join(f"{name} {value}" for name, value in report["model"]["settings"].items()), rows="\n".join(rows),
+                       auto=f"AutoModelFor{'QuestionAnswering' if span else 'SequenceClassification'}")
 
 
-def run_task(place: Place, name: str, base: Base, data: Data, data_config: DataConfig, cells: list[FinetuneConfig], folder: Path, log: Optional[RunLog],
-             hub: Optional[HubPusher], revision: str) -> dict:
+def run_task(place: Place, base: Base, data: Data, cells: list[FinetuneConfig], folder: Path, log: Optional[RunLog], hub: Optional[HubPusher],
+             revision: str) -> dict:
     """Finetunes with every setting of `cells`, keeps the model that scores best on the dev split, and returns what metrics.json holds."""
-    task, train, device = TASKS[name], cells[0], place.device
+    kind, train = data.task.kind, cells[0]
     starts = ["pretrained", "random weights"] if train.compare_random else ["pretrained"]
     todo = [(start, cell) for cell in cells for start in starts]
     if log:
         sizes = ", ".join(f"{split} {len(content.ends)}" for split, content in data.splits.items())
-        log.section(name, f"{base.name} on {name}: {sizes}; " + (f"classes {', '.join(data.classes)}; " if data.kind == "classes" else "") + f"{len(todo)} runs", echo=True)
+        log.section(data.name, f"{base.name} on {data.name}: {sizes}; {len(todo)} runs{'; classes ' if kind == 'classes' else ''}{', '.join(data.classes)}", echo=True)
         for note in data.notes:
             log.write(f"note: {note}")
 
     def make(cell: FinetuneConfig, start: str) -> nn.Module:
-        model = build_model(base, data.kind, data.classes, cell.seed, random=start == "random weights")
-        if data.kind == "number":  # or the head spends its steps on learning the mean
+        model = build_model(base, kind, data.classes, cell.seed, random=start == "random weights")
+        if kind == "number":  # or the head spends its steps on learning the mean
             head = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == 1][-1]
             nn.init.constant_(head.bias, data.splits["train"].labels.mean())
         return model
@@ -932,17 +958,17 @@ def run_task(place: Place, name: str, base: Base, data: Data, data_config: DataC
             continue
         fresh = make(cell, start)
         if net is None:
-            net = Network(fresh, base, data.kind, train, device)
+            net = Network(fresh, base, kind, train, place.device)
         else:  # into the model that is compiled already
             net.model.requires_grad_(True)
             net.model.load_state_dict(fresh.state_dict())
-        result, predictions = finetune(net, data, cell, place, name, data_config.max_answer, log, f"task:{name} run:{number}/{len(todo)}")
+        result, predictions = finetune(net, data, cell, place, log, f"task:{data.name} run:{number}/{len(todo)}")
         run = {"start": start, "settings": settings, **result}
 
         def keep() -> None:
             if start == "pretrained" and all(run["score"] > other["score"] for other in done if other["start"] == start):
                 save_folder(folder / "model", lambda into: save_model(into, net.model, base.tokenizer))
-                write_predictions(folder / "predictions", task, name, data, predictions)
+                write_predictions(folder / "predictions", data, predictions)
             with open(record, "a") as file:
                 file.write(json.dumps(run) + "\n")
 
@@ -962,21 +988,20 @@ def run_task(place: Place, name: str, base: Base, data: Data, data_config: DataC
     results["majority class"] = {split: {metric: spread([value]) for metric, value in values.items()} for split, values in baseline(data).items()}
 
     # --- splits without labels, by the chosen model
-    unlabelled = [split for split, content in data.splits.items() if not content.known.any()]
     predictions = {}
-    if unlabelled:
-        saved = build_model(open_base(str(folder / "model"), base.max_length), data.kind, data.classes, seed=0)
-        net = net or Network(saved, base, data.kind, train, device)
+    if unlabelled := [split for split in data.splits if split != "train" and split not in data.labelled]:
+        saved = build_model(open_base(str(folder / "model"), base.max_length), kind, data.classes, seed=0)
+        net = net or Network(saved, base, kind, train, place.device)
         net.model.load_state_dict(saved.state_dict())
-        _, predictions = evaluate(net, data, unlabelled, place, name, data_config.max_answer)
-    report = {"task": name, "base_model": base.name, "dataset": data_config.dataset or task.dataset, "dev": data.dev, "kind": data.kind, "classes": data.classes,
+        _, predictions = evaluate(net, data, unlabelled, place)
+    best = chosen["pretrained"]
+    report = {"task": data.name, "base_model": base.name, "dataset": data.source, "dev": data.dev, "kind": kind, "classes": data.classes,
               "examples": {split: len(content.ends) for split, content in data.splits.items()}, "notes": data.notes,
-              "model": {"settings": chosen["pretrained"]["settings"], "metrics": chosen["pretrained"]["metrics"]}, "results": results, "runs": done}
+              "model": {"settings": best["settings"], "metrics": best["metrics"]}, "results": results, "runs": done}
 
     def finish() -> None:
-        title = cells[0].hf_model_name or folder.resolve().name
-        write_predictions(folder / "predictions", task, name, data, predictions)
-        (folder / "model" / "README.md").write_text(model_card(name, title, base, data, report), encoding="utf-8")
+        write_predictions(folder / "predictions", data, predictions)
+        (folder / "model" / "README.md").write_text(model_card(train.hf_model_name or folder.resolve().name, base, data, report), encoding="utf-8")
         (folder / "metrics.json.tmp").write_text(json.dumps(report, indent=1))
         os.replace(folder / "metrics.json.tmp", folder / "metrics.json")  # last: a folder with it is finished
         log.section("result", results_table(results), echo=True)
@@ -1078,7 +1103,7 @@ def open_run(train: FinetuneConfig, resolved: dict, name: str) -> Path:
     return folder
 
 
-def run(place: Place, preset: str, task: str, protocol_name: str, given: dict, argv: list[str]) -> None:
+def finetune_all(place: Place, preset: str, task: str, protocol_name: str, given: dict, argv: list[str]) -> None:
     protocol = PROTOCOLS[protocol_name]
     values: dict[str, dict] = {"data": {}, "train": {}}
     flags = {f"{group}.{name}": value for group in values for name, value in given[group].items()}
@@ -1119,8 +1144,9 @@ def run(place: Place, preset: str, task: str, protocol_name: str, given: dict, a
                 return str(error)
 
         found = place.on_first(read)
-        return found if isinstance(found, str) else run_task(place, name, start, found, data, grid_of(protocol, name, set(flags), train), into, log,
-                                                             hub[0] if hub else None, revision)
+        if isinstance(found, str):
+            return found
+        return run_task(place, start, found, grid_of(protocol, name, set(flags), train), into, log, hub[0] if hub else None, revision)
 
     if task != "glue":
         if task in protocol.from_mnli:
@@ -1160,7 +1186,7 @@ def main(argv: list[str] | None = None) -> None:
              "protocol": {"choices": list(PROTOCOLS), "default": "default", "help": "named settings and grid, between preset and flags [default]"}}
     preset, given = parse_flags({"data": DataConfig, "train": FinetuneConfig}, dict.fromkeys(PRESETS, {}), argv, __doc__, "base", extra)
     with processes() as place:
-        run(place, preset, given["task"] or DEFAULT_TASK[preset], given["protocol"], given, sys.argv if argv is None else ["finetuner.py", *argv])
+        finetune_all(place, preset, given["task"] or DEFAULT_TASK[preset], given["protocol"], given, sys.argv if argv is None else ["finetuner.py", *argv])
 
 
 if __name__ == "__main__":

@@ -294,9 +294,9 @@ def test_labels_keep_order_and_names():
 def test_long_pairs_lose_the_end_of_the_longer_text_and_are_counted(base):
     opened = finetuner.open_base(base, 16)
     rows = Dataset.from_dict({"a": ["good " * 30, "bad"], "b": ["the film", "it"]})
-    tokens, _, ends, cut = finetuner.encode_texts(rows, ["a", "b"], opened.tokenizer, 16)
-    assert cut == 1 and ends[0] == 16
-    assert opened.tokenizer.convert_ids_to_tokens(tokens[:16].tolist()) == ["[CLS]", *["good"] * 11, "[SEP]", "the", "film", "[SEP]"]
+    split, cut = finetuner.encode_texts(rows, ["a", "b"], np.array([0, 1]), opened.tokenizer, 16)
+    assert cut == 1 and split.ends[0] == 16
+    assert opened.tokenizer.convert_ids_to_tokens(split.tokens[:16].tolist()) == ["[CLS]", *["good"] * 11, "[SEP]", "the", "film", "[SEP]"]
     parts = finetuner.cut_longest_first([np.arange(30), np.arange(2)], 13)
     assert [len(part) for part in parts] == [11, 2]
 
@@ -385,8 +385,8 @@ def test_the_card_carries_the_results(finished):
 def test_predictions_are_named_as_the_server_wants(tmp_path):
     def write(task: str, split: str, values, classes: list[str]) -> list[str]:
         content = finetuner.Split(np.zeros(0, np.int32), None, np.zeros(2), np.zeros(2), np.zeros(2, bool), [0, 1])
-        data = finetuner.Data({split: content}, classes, TASKS[task].kind, TASKS[task].metrics, "validation", [])
-        finetuner.write_predictions(tmp_path, TASKS[task], task, data, {split: np.array(values)})
+        data = finetuner.Data(task, TASKS[task], "glue", {split: content}, classes, "validation", [], 30)
+        finetuner.write_predictions(tmp_path, data, {split: np.array(values)})
         return (tmp_path / f"{TASKS[task].files[split]}.tsv").read_text().splitlines()
 
     assert write("mnli", "test_mismatched", [2, 0], list(TASKS["mnli"].classes)) == ["index\tprediction", "0\tcontradiction", "1\tentailment"]
@@ -402,7 +402,7 @@ def test_what_is_not_trainable_stays(base, films, trainable, layers):
     before = {name: tensor.clone() for name, tensor in net.model.state_dict().items()}
     data = finetuner.read_data("custom", finetuner.DataConfig(dataset=films, max_train_examples=16), opened)
     finetuner.finetune(net, data, FinetuneConfig(trainable=trainable, epochs=2, batch_size=8, lr=1e-3, log_every=2), finetuner.Place(0, 1, torch.device("cpu")),
-                       "custom", 30, None, "")
+                       None, "")
     moved = {name for name, tensor in net.model.state_dict().items() if not torch.equal(tensor, before[name])}
     head = {"dense.weight", "classifier.weight", "classifier.bias"}
     blocks = {name for name in before if any(name.startswith(f"encoder.blocks.{layer}.") for layer in layers)}
@@ -524,4 +524,4 @@ def test_real_files_are_read(base):
     mrpc = finetuner.read_data("mrpc", finetuner.DataConfig(dataset=str(SHARED / "glue")), opened)
     assert mrpc.dev == "validation" and len(mrpc.splits["test_labelled"].ends) == 1725  # a tenth of train is held out to choose by
     sts = finetuner.read_data("stsb", finetuner.DataConfig(dataset=str(SHARED / "glue" / "sts")), opened)
-    assert sts.kind == "number" and sts.splits["train"].labels.max() == 5.0
+    assert sts.task.kind == "number" and sts.splits["train"].labels.max() == 5.0
