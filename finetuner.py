@@ -3,7 +3,7 @@
     laptop, no data       torchrun --standalone --nproc_per_node=1 finetuner.py --preset micro
     one GPU               torchrun --standalone --nproc_per_node=1 finetuner.py --train.base_model USER/NAME
     eight GPUs            torchrun --standalone --nproc_per_node=8 finetuner.py --task glue --protocol modernbert --train.base_model USER/NAME
-    your own file         torchrun --standalone --nproc_per_node=1 finetuner.py --task custom --data.dataset reviews.csv --data.text review --data.label stars
+    your own file         torchrun --standalone --nproc_per_node=1 finetuner.py --task custom --data.dataset reviews.csv --data.text review
 
 `--help` lists every setting with its unit. Without --train.base_model it starts from the newest pretraining run under logs/; any other
 encoder of `transformers` is measured the same way. A run leaves logs/RUN/ with model/ in Hugging Face form and a card that carries the
@@ -71,8 +71,8 @@ def glue(config: str, columns: str, classes: str, metrics: str = "accuracy", fil
 
 
 TASKS = {  # in the order that --task glue runs them: MNLI first, for those that start from its model
-    "mnli": glue("mnli", "premise hypothesis", "entailment neutral contradiction", server_names=True, report=("validation_matched", "validation_mismatched"),
-                 files={"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"}),
+    "mnli": glue("mnli", "premise hypothesis", "entailment neutral contradiction", server_names=True,
+                 report=("validation_matched", "validation_mismatched"), files={"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"}),
     "qqp": glue("qqp", "question1 question2", "not_duplicate duplicate", "accuracy f1", "QQP"),
     "qnli": glue("qnli", "question sentence", "entailment not_entailment", file="QNLI", server_names=True),
     "sst2": glue("sst2", "sentence", "negative positive", file="SST-2"),
@@ -101,7 +101,7 @@ class DataConfig:
     text_pair: Optional[str] = option(None, "column of the second text; none: the task's")
     label: str = option("label", "column of the label")
     validation: Optional[str] = option(None, "split that models are chosen by; none: validation, the task's, or a tenth of train held out")
-    max_length: Optional[int] = option(None, "tokens of an example, special ones included; longer ones are cut, the longer text first; none: the model's, 512 at most")
+    max_length: Optional[int] = option(None, "tokens of an example; longer ones are cut, the longer text first; none: the model's, 512 at most")
     max_train_examples: Optional[int] = option(None, "examples of train that are used, the first after shuffling; none: all")
     stride: int = option(128, "tokens that neighbouring windows of a long context share (SQuAD)")
     max_answer: int = option(30, "tokens of an answer at most (SQuAD)")
@@ -122,7 +122,7 @@ class FinetuneConfig:
     clip: float = option(1.0, "norm that gradients are clipped to")
     trainable: Literal["all", "classifier", "last_2", "last_3"] = option("all", "what is trained: all, the classifier, or it and the last layers")
     evals_per_epoch: int = option(1, "evaluations on the validation split in an epoch")
-    patience: Optional[int] = option(None, "evaluations without improvement that end a run, which keeps its best weights; none: the last weights count")
+    patience: Optional[int] = option(None, "evaluations without improvement that end a run, which keeps its best weights; none: the last count")
     seeds: int = option(1, "runs with seeds seed, seed + 1, ...; the median counts")
     seed: int = option(1, "of the classifier's weights, dropout and order of examples")
     compare_random: bool = option(False, "also finetune the same shape from random weights")
@@ -241,7 +241,7 @@ def build_model(base: Base, kind: str, classes: list[str], seed: int, random: bo
     try:
         return cls.from_pretrained(base.name, config=config, ignore_mismatched_sizes=True, dtype=torch.float32)
     except OSError as error:
-        raise InputError(f"cannot load the weights of {base.name} ({str(error).splitlines()[0]}): give --train.base_model a finished model") from error
+        raise InputError(f"cannot load the weights of {base.name} ({_first_line(error)}): give --train.base_model a finished model") from error
 
 
 def set_trainable(model: nn.Module, trainable: str) -> None:
@@ -388,7 +388,8 @@ def encode_texts(rows, columns: list[str], labels: np.ndarray, tokenizer: PreTra
         cut += sum(bool(e.overflowing) for e in encoded.encodings)
     known = ~np.isnan(labels) if labels.dtype == np.float64 else labels >= 0
     idx = list(rows["idx"]) if "idx" in rows.column_names else list(range(len(rows)))
-    return Split(np.concatenate(tokens), np.concatenate(segments) if segments else None, np.cumsum([len(ids) for ids in tokens]), labels, known, idx), cut
+    ends = np.cumsum([len(ids) for ids in tokens])
+    return Split(np.concatenate(tokens), np.concatenate(segments) if segments else None, ends, labels, known, idx), cut
 
 
 def encode_questions(rows, columns: list[str], tokenizer: PreTrainedTokenizerFast, max_length: int, stride: int) -> Split:
@@ -443,7 +444,8 @@ def read_shards(directory: Path, base: Base) -> tuple[dict[str, Split], Optional
     if (directory / "tokenizer").is_dir():
         same = PreTrainedTokenizerFast.from_pretrained(directory / "tokenizer").get_vocab() == vocabulary
     else:
-        same = [specials[name] for name in ("cls", "sep", "vocab_size")] == [base.tokenizer.cls_token_id, base.tokenizer.sep_token_id, len(vocabulary)]
+        ours = [base.tokenizer.cls_token_id, base.tokenizer.sep_token_id, len(vocabulary)]
+        same = [specials[name] for name in ("cls", "sep", "vocab_size")] == ours
     if not same:
         raise InputError(f"{directory} is packed with the tokenizer {specials.get('name')}, which is not that of the base model {base.name}: "
                          "give raw text, or pack it again with `python data/pack_mnli.py --tokenizer` and the base model")
@@ -493,7 +495,8 @@ def read_data(name: str, data: DataConfig, base: Base) -> Data:
         classes = list(task.classes or named or map(str, range(int(splits["train"].labels.max()) + 1)))
         for split, content in splits.items():
             if content.labels.max() >= len(classes):
-                raise InputError(f"split {split} has the label {content.labels.max()}, which is none of the classes {', '.join(classes)}: check --task")
+                raise InputError(f"split {split} has the label {content.labels.max()}, which is none of the classes {', '.join(classes)}: "
+                                 "check --task")
     else:
         rows = read_rows(task, data)
         if "train" not in rows:
@@ -583,8 +586,8 @@ class Network:
         document_ids = np.repeat(np.arange(len(row) + 1, dtype=np.int32), [*lengths, T - total])
         positions = np.arange(T, dtype=np.int32) - np.repeat(np.array([*starts, total], dtype=np.int32), [*lengths, T - total])
         document_ids, positions = (torch.from_numpy(x).to(self.device) for x in (document_ids, positions))
-        # A compiled graph is made for one max_seqlen
-        hidden = self.encode(torch.from_numpy(input_ids).to(self.device), document_ids, positions, self.max_length if self.sizes else longest)   # [T, d]
+        max_seqlen = self.max_length if self.sizes else longest      # a compiled graph is made for one
+        hidden = self.encode(torch.from_numpy(input_ids).to(self.device), document_ids, positions, max_seqlen)                  # [T, d]
         if self.kind == "span":
             logits = hidden.new_full((len(row), 2, longest), -torch.inf, dtype=torch.float32)
             both = torch.stack(self.model.span_logits(hidden[:total]), dim=-1)                       # [tokens, 2]
@@ -726,7 +729,8 @@ def measure_spans(outputs: list, spans: Spans, v2: bool, threshold: Optional[flo
     threshold = null_threshold(difference, scores[:, 0], empty[:, 0]) if threshold is None else threshold
     silent = difference > threshold
     scores = np.where(silent[:, None], empty, scores)
-    return {**dict(zip(("f1", "exact_match"), scores.mean(0).tolist())), "null_threshold": threshold}, ["" if s else text for s, text in zip(silent, texts)]
+    metrics = {**dict(zip(("f1", "exact_match"), scores.mean(0).tolist())), "null_threshold": threshold}
+    return metrics, ["" if quiet else text for quiet, text in zip(silent, texts)]
 
 
 def evaluate(net: Network, data: Data, splits: list[str], place: Place) -> tuple[dict, dict]:
@@ -918,7 +922,8 @@ def model_card(title: str, base: Base, data: Data, report: dict) -> str:
     task_type = "question-answering" if span else "text-classification"
     dataset = Path(data.source).name if Path(data.source).exists() else data.source
     evaluations = [EvalResult(task_type=task_type, dataset_type=dataset, dataset_name=data.name, dataset_split=split, metric_type=metric,
-                              metric_value=round(value, 5)) for split, metrics in report["model"]["metrics"].items() for metric, value in metrics.items()]
+                              metric_value=round(value, 5))
+                   for split, metrics in report["model"]["metrics"].items() for metric, value in metrics.items()]
     local = Path(base.name).exists()
     header = ModelCardData(model_name=title, library_name="transformers", license="mit", tags=["finetuned", *(["kbert"] if base.kbert else [])],
                            base_model=None if local else base.name, pipeline_tag=task_type, eval_results=evaluations).to_yaml()
@@ -937,7 +942,8 @@ def run_task(place: Place, base: Base, data: Data, cells: list[FinetuneConfig], 
     todo = [(start, cell) for cell in cells for start in starts]
     if log:
         sizes = ", ".join(f"{split} {len(content.ends)}" for split, content in data.splits.items())
-        log.section(data.name, f"{base.name} on {data.name}: {sizes}; {len(todo)} runs{'; classes ' if kind == 'classes' else ''}{', '.join(data.classes)}", echo=True)
+        named = f"; classes {', '.join(data.classes)}" if kind == "classes" else ""
+        log.section(data.name, f"{base.name} on {data.name}: {sizes}; {len(todo)} runs{named}", echo=True)
         for note in data.notes:
             log.write(f"note: {note}")
 
@@ -1040,10 +1046,11 @@ def results_table(results: dict) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # All of GLUE: one row
 
-ROW = (("MNLI-m", "mnli", "validation_matched", "accuracy"), ("MNLI-mm", "mnli", "validation_mismatched", "accuracy"), ("QQP acc", "qqp", "validation", "accuracy"),
-       ("QQP F1", "qqp", "validation", "f1"), ("QNLI", "qnli", "validation", "accuracy"), ("SST-2", "sst2", "validation", "accuracy"),
-       ("CoLA", "cola", "validation", "matthews_correlation"), ("STS-B", "stsb", "validation", "spearman"), ("MRPC acc", "mrpc", "validation", "accuracy"),
-       ("MRPC F1", "mrpc", "validation", "f1"), ("RTE", "rte", "validation", "accuracy"))
+ROW = (
+    ("MNLI-m", "mnli", "validation_matched", "accuracy"), ("MNLI-mm", "mnli", "validation_mismatched", "accuracy"),
+    ("QQP acc", "qqp", "validation", "accuracy"), ("QQP F1", "qqp", "validation", "f1"), ("QNLI", "qnli", "validation", "accuracy"),
+    ("SST-2", "sst2", "validation", "accuracy"), ("CoLA", "cola", "validation", "matthews_correlation"), ("STS-B", "stsb", "validation", "spearman"),
+    ("MRPC acc", "mrpc", "validation", "accuracy"), ("MRPC F1", "mrpc", "validation", "f1"), ("RTE", "rte", "validation", "accuracy"))
 
 
 def glue_scores(medians: dict[str, dict]) -> dict[str, Optional[float]]:
@@ -1078,7 +1085,8 @@ def mnli_model(out: Path, base: str) -> str:
         if (report.get("task"), report.get("base_model")) == ("mnli", base):
             found.append(path)
     if not found:
-        raise InputError(f"this protocol starts from the MNLI model of {base}, and {out}/ has none: run finetuner.py --task mnli first, with the same --train.base_model")
+        raise InputError(f"this protocol starts from the MNLI model of {base}, and {out}/ has none: "
+                         "run finetuner.py --task mnli first, with the same --train.base_model")
     return str(max(found, key=lambda path: path.stat().st_mtime).parent / "model")
 
 
@@ -1091,7 +1099,8 @@ def open_run(train: FinetuneConfig, resolved: dict, name: str) -> Path:
     out = Path(train.out)
     folder = out / (train.run_name or name)
     if train.resume:
-        same = [path.parent for path in out.glob("*/config.json") if json.loads(path.read_text()) == resolved and not (path.parent / "metrics.json").exists()]
+        same = [path.parent for path in out.glob("*/config.json")
+                if json.loads(path.read_text()) == resolved and not (path.parent / "metrics.json").exists()]
         if train.run_name and (folder / "config.json").exists() and folder not in same:
             raise InputError(f"{folder} is finished or was made with other settings: resume with those, or choose another --train.run_name")
         if same:
@@ -1165,14 +1174,17 @@ def finetune_all(place: Place, preset: str, task: str, protocol_name: str, given
                 if log:
                     log.write(f"{name} is left out: {report}")
                 continue
-            medians[name] = {split: {metric: value["median"] for metric, value in values.items()} for split, values in report["results"]["pretrained"].items()}
+            medians[name] = {split: {metric: value["median"] for metric, value in values.items()}
+                             for split, values in report["results"]["pretrained"].items()}
         if not medians:
             raise InputError("no GLUE task has its data: give --data.dataset FOLDER with a folder for each task, named as in nyu-mll/glue")
         scores = glue_scores(medians)
 
         def finish() -> None:
-            log.section("glue", f"medians over runs; averages over {len(medians)} of {len(GLUE)} tasks\n{glue_row(Path(base_name).name, scores)}", echo=True)
-            (folder / "metrics.json").write_text(json.dumps({"task": "glue", "base_model": base_name, "protocol": protocol_name, "scores": scores}, indent=1))
+            row = glue_row(Path(base_name).name, scores)
+            log.section("glue", f"medians over runs; averages over {len(medians)} of {len(GLUE)} tasks\n{row}", echo=True)
+            report = {"task": "glue", "base_model": base_name, "protocol": protocol_name, "scores": scores, "tasks": list(medians)}
+            (folder / "metrics.json").write_text(json.dumps(report, indent=1))
 
         place.on_first(finish)
     if log:
@@ -1182,11 +1194,13 @@ def finetune_all(place: Place, preset: str, task: str, protocol_name: str, given
 
 
 def main(argv: list[str] | None = None) -> None:
-    extra = {"task": {"choices": [*TASKS, "glue"], "default": None, "help": "what to finetune on; glue: every task of it [mnli; of --preset micro, pairs]"},
+    extra = {"task": {"choices": [*TASKS, "glue"], "default": None,
+                      "help": "what to finetune on; glue: every task of it [mnli; of --preset micro, pairs]"},
              "protocol": {"choices": list(PROTOCOLS), "default": "default", "help": "named settings and grid, between preset and flags [default]"}}
     preset, given = parse_flags({"data": DataConfig, "train": FinetuneConfig}, dict.fromkeys(PRESETS, {}), argv, __doc__, "base", extra)
     with processes() as place:
-        finetune_all(place, preset, given["task"] or DEFAULT_TASK[preset], given["protocol"], given, sys.argv if argv is None else ["finetuner.py", *argv])
+        command = sys.argv if argv is None else ["finetuner.py", *argv]
+        finetune_all(place, preset, given["task"] or DEFAULT_TASK[preset], given["protocol"], given, command)
 
 
 if __name__ == "__main__":
