@@ -1,4 +1,4 @@
-"""Downloads packed fineweb-edu (ModernBERT's tokens, about 100M a shard): N training shards, one for validation, one for testing.
+"""Downloads packed fineweb-edu (ModernBERT's tokens, about 100M a shard): N shards to train, one to validate, one to test.
 
     python data/download_fineweb_edu.py --num_chunks 10
 

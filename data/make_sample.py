@@ -211,7 +211,7 @@ def make_sample(out: Path, vocab_size: int = 8192, packages: list[str] | None = 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "sample", help="folder for the sample; an older one is replaced")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "sample", help="folder; an older sample there is replaced")
     parser.add_argument("--vocab_size", type=int, default=8192, help="entries of the tokenizer, special tokens included")
     args = parser.parse_args()
     make_sample(args.out, args.vocab_size)

@@ -8,10 +8,10 @@ Each document becomes `[CLS] tokens ... [SEP]`, and lies whole in one shard. A h
 that occurs twice stays on one side. The same command run again after a kill continues where the last shard ended, and the
 result is byte for byte that of a run that was never stopped.
 
-The work can be shared out with `--shard 0/4` ... `--shard 3/4` (over files where their number divides evenly, otherwise over
-documents, which all machines then read). Part i of n numbers its shards i, i + n, i + 2n, ..., so nothing collides, and leaves
-manifest_part_{i}of{n}.json. The part that ends last merges these into manifest.json; on machines that share no disk, copy
-their folders into one and run any of the commands there again: it finds its part done and merges.
+The work can be shared out with `--shard 0/4` ... `--shard 3/4` (over files where their number divides evenly, otherwise
+over documents, which all machines then read). Part i of n numbers its shards i, i + n, i + 2n, ..., so nothing collides,
+and leaves manifest_part_{i}of{n}.json. The part that ends last merges these into manifest.json; on machines that share no
+disk, copy their folders into one and run any of the commands there again: it finds its part done and merges.
 """
 
 from __future__ import annotations
@@ -134,11 +134,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_source_flags(parser)
     parser.add_argument("--tokenizer", default="answerdotai/ModernBERT-base", help="Hub id or folder of the tokenizer")
-    parser.add_argument("--out", type=Path, default=Path("data/fineweb_edu"), help="folder for shards, manifest and tokenizer")
+    parser.add_argument("--out", type=Path, default=Path("data/fineweb_edu"), help="folder for shards and all that belongs to them")
     parser.add_argument("--prefix", help="first part of the shards' names (fwedu for fineweb-edu, otherwise text)")
     parser.add_argument("--shard_size", type=int, default=100_000_000,
                         help="tokens in a shard, at most (a longer document has a shard of its own)")
-    parser.add_argument("--max_tokens", type=int, help="stop at this many tokens, all splits and parts together (all of the text)")
+    parser.add_argument("--max_tokens", type=int, help="stop at this many tokens, all splits and parts together (no end)")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="do part I of N (I from 0) of the work")
     args = parser.parse_args()
     try:
@@ -151,7 +151,8 @@ def main() -> None:
     backend, tokenizer = bring_tokenizer(args.tokenizer, args.out)
     stream, sizes, source = open_source(args)
     fractions = (args.valid_fraction, args.test_fraction)
-    source = {**source, "shard_size": args.shard_size, "max_tokens": args.max_tokens, "parts": parts}
+    prefix = args.prefix or ("fwedu" if source.get("dataset") == FINEWEB_EDU else "text")
+    source |= {"prefix": prefix, "shard_size": args.shard_size, "max_tokens": args.max_tokens, "parts": parts}
     settings = {"format": 1, "tokenizer": tokenizer, "source": source, "split_rule": describe_split(*fractions)}
     name = "manifest.json" if parts == 1 else f"manifest_part_{part}of{parts}.json"
 
@@ -159,7 +160,6 @@ def main() -> None:
         check_settings(args.out / name, json.loads((args.out / name).read_text()), settings)
         print(f"{args.out / name}: done already")
     else:
-        prefix = args.prefix or ("fwedu" if source.get("dataset") == FINEWEB_EDU else "text")
         writer = ShardWriter(args.out, prefix, args.shard_size, tokenizer["cls"], tokenizer["sep"], part, parts)
         state_path = args.out / f"resume_{part}of{parts}.npz"
         position = writer.restore(state_path, settings) if state_path.exists() else None
@@ -172,6 +172,9 @@ def main() -> None:
         write_json(args.out / name, {**settings, "shards": dict(sorted(writer.shards.items()))})
         for path in (state_path, state_path.with_suffix(".tmp")):
             path.unlink(missing_ok=True)
+        for split, fraction in zip(("valid", "test"), fractions):
+            if fraction > 0 and not any(entry["split"] == split for entry in writer.shards.values()):
+                print(f"no document fell to {split}: pack more text, or raise --{split}_fraction", file=sys.stderr)
     if parts > 1 and not merge_parts(args.out, parts):
         print(f"{args.out}: manifest.json follows when all {parts} parts are here")
 

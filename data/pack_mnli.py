@@ -4,8 +4,9 @@
     python data/pack_mnli.py --files train=reviews.csv test='held_out/*.csv' --text review --text_pair none --label stars \\
         --prefix reviews --out data/reviews
 
-Labels are the set's own whole numbers; labels that are words are numbered in alphabetical order over all splits and listed in
-the manifest. A missing label (-1 in GLUE's test sets) is stored as 65534. One shard a split, {prefix}_{split}_000000.bin.
+Labels are the set's own whole numbers; labels that are words are numbered in alphabetical order over all splits and listed
+in the manifest. A missing label (-1 in GLUE's test sets) is stored as 65534. One shard a split, {prefix}_{split}_000000.bin.
+A label may equal the id of [CLS]: documents are found by their 65535, two tokens after their start.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def main() -> None:
     parser.add_argument("--dataset", default="nyu-mll/glue", help="labelled set on the Hugging Face Hub, all of its splits")
     parser.add_argument("--name", help="configuration of --dataset (nyu-mll/glue: mnli unless given)")
     parser.add_argument("--revision", help="commit, branch or tag of --dataset (its newest commit unless given)")
-    parser.add_argument("--files", nargs="+", metavar="SPLIT=GLOB", help="read these files instead: .csv, .json, .jsonl or .parquet")
+    parser.add_argument("--files", nargs="+", metavar="SPLIT=GLOB",
+                        help="read these files instead, all of one type: .csv, .json, .jsonl or .parquet")
     parser.add_argument("--text", default="premise", help="column of the text")
     parser.add_argument("--text_pair", default="hypothesis", help="column of the second text, none for single texts")
     parser.add_argument("--label", default="label", help="column of the label")
@@ -92,7 +94,8 @@ def main() -> None:
             batch = rows[start : start + 1000]
             texts = [backend.encode_batch_fast(batch[column], add_special_tokens=False) for column in columns]
             for i, parts in enumerate(zip(*texts), start):
-                tokens += [tokenizer["cls"], labels[split][i], LABEL_END, *(token for part in parts for token in part.ids + sep)]
+                tokens += [tokenizer["cls"], labels[split][i], LABEL_END]
+                tokens += [token for part in parts for token in part.ids + sep]
         path = args.out / f"{args.prefix}_{split}_000000.bin"
         write_shard(path, np.array(tokens, dtype="<u2"))
         shards[path.name] = {"split": split, "tokens": len(tokens), "documents": len(rows), "sha256": sha256_of(path)}

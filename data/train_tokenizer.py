@@ -147,7 +147,7 @@ def split_of(text: str, valid_fraction: float, test_fraction: float) -> str:
 
 
 def describe_split(valid_fraction: float, test_fraction: float) -> str:
-    return f"first 8 bytes of blake2b-128(text) / 2^64: valid below {valid_fraction}, test in the {test_fraction} above, else train"
+    return f"blake2b-128(text), first 8 bytes / 2^64: valid below {valid_fraction}, test {test_fraction} further, else train"
 
 
 def in_background(iterator, depth: int = 2):

@@ -6,8 +6,9 @@
         hub.files("model", "me/my-model", "step-001000")["config.json"]
 
 HF_ENDPOINT is read when huggingface_hub is imported, so what is tested runs in a process of its own with `hub.environment`.
-Any token is good, and belongs to the user "me". `fail_next = n` answers the next n requests with `fail_status`, `broken = "text"` every
-request whose path contains the text ("" is all of them), `cut_next = n` breaks off the next n downloads half way.
+Any token is good, and belongs to the user "me". `fail_next = n` answers the next n requests with `fail_status`,
+`broken = "text"` every request whose path contains the text ("" is all of them), `cut_next = n` breaks off the next n
+downloads half way. The client tries again for 23 seconds after 500, and not at all after 403.
 """
 
 from __future__ import annotations
@@ -156,8 +157,9 @@ class Handler(BaseHTTPRequestHandler):
             wanted = json.loads(body)["paths"]
             return self.answer([entry(path, content) for path, content in head["files"].items() if path in wanted])
         if action == "revision":
-            return self.answer({"id": repo, "modelId": repo, "sha": head["sha"], "private": False, "gated": False, "disabled": False,
-                                "tags": [], "downloads": 0, "likes": 0, "siblings": [{"rfilename": path} for path in head["files"]]})
+            return self.answer({"id": repo, "modelId": repo, "sha": head["sha"], "private": False, "gated": False, "tags": [],
+                                "disabled": False, "downloads": 0, "likes": 0,
+                                "siblings": [{"rfilename": path} for path in head["files"]]})
         self.refuse(404, "NotFound")
 
     def resolve(self, kind: str, repo: str, revision: str, path: str) -> None:
