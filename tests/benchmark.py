@@ -212,7 +212,7 @@ def train_for(side, loader: Loader, valid: Loader, train: TrainConfig, row_token
             clock.stop()
             curve.append([round(clock.seconds, 1), step, side.validate(valid, place)])
             print(f"{side.name:34s} {clock.seconds:7.1f} s  step {step:6d}  validation loss {curve[-1][2]:.4f}", flush=True)
-            next_validation += 1 / 15
+            next_validation += 1 / 10
         if progress >= 1:
             rows.close()
             return curve[-1][2]
