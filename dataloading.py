@@ -76,7 +76,7 @@ def read_manifest(directory: Path) -> dict:
     {"format": 1,
      "tokenizer": {"name", "sha256" (of tokenizer/tokenizer.json), "vocab_size", "cls", "sep", "pad", "mask", "unk"},
      "source": {...}, "split_rule": "...",
-     "shards": {file name: {"split": "train" | "valid" | "test", "tokens", "documents", "sha256"}}}
+     "shards": {file name: {"split": "train" | "valid" | "test" (labelled sets: as in the set), "tokens", "documents", "sha256"}}}
     """
     path = directory / "manifest.json"
     if not path.exists():
