@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--loader", action="store_true", help="measure the loader alone")
     parser.add_argument("--train-minutes", type=float, help="instead of timing steps, train each side this many minutes")
     parser.add_argument("--valid-tokens", type=int, default=100_000, help="tokens of text to validate on [100000]")
-    parser.add_argument("--reference-lrs", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="AdamW's learning rates to try [5e-4 1e-3 2e-3]")
+    parser.add_argument("--reference-lrs", type=float, nargs="+", default=[2.5e-4, 5e-4, 1e-3], help="AdamW's learning rates to try [2.5e-4 5e-4 1e-3]")
     parser.add_argument("--reference-shape", choices=["bucketed", "concatenated"], default="bucketed", help="batches that the reference trains on [bucketed]")
     parser.add_argument("--reference-compile", action="store_true", help="compile the reference when training")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
