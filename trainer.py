@@ -637,6 +637,12 @@ def mask_count(rate: float, row_tokens: int) -> int:
     return max(16, round(rate * row_tokens / 16) * 16)
 
 
+def make_optimizer(model: KBERTForMaskedLM, train: TrainConfig, rank: int, world_size: int) -> Optimizer:
+    return Optimizer(model, rank=rank, world_size=world_size, muon_lr=train.muon_lr, muon_weight_decay=train.muon_weight_decay,
+                     muon_beta2=train.muon_beta2, embed_lr=train.embed_lr, embed_betas=train.embed_betas, scalar_lr=train.scalar_lr,
+                     scalar_betas=train.scalar_betas, adam_eps=train.adam_eps)
+
+
 def make_loss(model: KBERTForMaskedLM, compiled: bool):
     """model.loss with the window in tokens of both sides, compiled once for each window whatever the number of masked positions."""
     if not compiled:
@@ -759,9 +765,7 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
     compiled = train.compile and can_compile(device)
     if train.compile and not compiled and place.first:
         print("no C++ compiler found: running eagerly, several times slower (install g++ or clang to compile)")
-    optimizer = Optimizer(model, rank=place.rank, world_size=place.world_size, muon_lr=train.muon_lr, muon_weight_decay=train.muon_weight_decay,
-                          muon_beta2=train.muon_beta2, embed_lr=train.embed_lr, embed_betas=train.embed_betas, scalar_lr=train.scalar_lr,
-                          scalar_betas=train.scalar_betas, adam_eps=train.adam_eps)
+    optimizer = make_optimizer(model, train, place.rank, place.world_size)
     loss_of = make_loss(model, compiled)
 
     # --- compile, measure what fits, and put everything back

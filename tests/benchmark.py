@@ -29,8 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataloading import InputError, Loader, Row, read_manifest  # noqa: E402
 from model import PRESETS, KBERTConfig, KBERTForMaskedLM  # noqa: E402
-from optimizer import Optimizer  # noqa: E402
-from trainer import (Clock, Place, TrainConfig, can_compile, draw_masks, forward_flops, frozen_mask, lr_factor, make_loss, mask_count,  # noqa: E402
+from trainer import (Clock, Place, TrainConfig, can_compile, draw_masks, forward_flops, frozen_mask, lr_factor, make_loss, make_optimizer, mask_count,  # noqa: E402
                      mask_rate, muon_momentum, peak_flops, processes, validate, warm_up)
 
 MASK_RATE = 0.30  # of the timed steps: ModernBERT's
@@ -46,9 +45,7 @@ class Ours:
         self.config, self.train, self.max_length = config, train, max_length
         self.model = KBERTForMaskedLM(config).to(device)
         self.model.encoder.compute_dtype = torch.bfloat16
-        self.optimizer = Optimizer(self.model, rank=0, world_size=1, muon_lr=train.muon_lr, muon_weight_decay=train.muon_weight_decay,
-                                   muon_beta2=train.muon_beta2, embed_lr=train.embed_lr, embed_betas=train.embed_betas,
-                                   scalar_lr=train.scalar_lr, scalar_betas=train.scalar_betas, adam_eps=train.adam_eps)
+        self.optimizer = make_optimizer(self.model, train, rank=0, world_size=1)
         self.loss_of = make_loss(self.model, can_compile(device))
         warm_up(self.model, self.loss_of, self.optimizer, [config.local_attention_window], row_tokens, max_length, device)
 
