@@ -42,9 +42,10 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
-from dataloading import InputError, read_manifest, read_shard
+from dataloading import InputError, read_manifest, read_shard, sha256_of
 from model import KBERTConfig, KBERTForQuestionAnswering, KBERTForSequenceClassification, option
-from trainer import Clock, HubPusher, Place, RunLog, environment, lr_factor, module_code, parse_flags, processes, save_folder, save_model
+from trainer import (LOG_LINE, MODULES, Clock, HubPusher, Place, RunLog, close_log, draw_curves, first_line, lr_factor, open_log, parse_flags, processes, save_folder,
+                     save_model)
 
 ROOT = Path(__file__).resolve().parent
 
@@ -241,7 +242,7 @@ def build_model(base: Base, kind: str, classes: list[str], seed: int, random: bo
     try:
         return cls.from_pretrained(base.name, config=config, ignore_mismatched_sizes=True, dtype=torch.float32)
     except OSError as error:
-        raise InputError(f"cannot load the weights of {base.name} ({_first_line(error)}): give --train.base_model a finished model") from error
+        raise InputError(f"cannot load the weights of {base.name} ({first_line(error)}): give --train.base_model a finished model") from error
 
 
 def set_trainable(model: nn.Module, trainable: str) -> None:
@@ -319,7 +320,7 @@ def read_rows(task: Task, data: DataConfig) -> dict:
             try:
                 return dict(load_dataset(name, task.config if name == task.dataset else None))
             except Exception as error:  # whatever the Hub or the network has to say
-                raise MissingData(f"cannot load {name} from the Hugging Face Hub ({_first_line(error)}): "
+                raise MissingData(f"cannot load {name} from the Hugging Face Hub ({first_line(error)}): "
                                   "give --data.dataset FILE_OR_FOLDER with the same columns") from error
         files = collections.defaultdict(list)
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
@@ -338,11 +339,7 @@ def read_rows(task: Task, data: DataConfig) -> dict:
     except InputError:
         raise
     except Exception as error:  # pyarrow, pandas and datasets each raise their own
-        raise InputError(f"cannot read {path}, or it has no rows ({_first_line(error)}): check the file") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"cannot read {path}, or it has no rows ({first_line(error)}): check the file") from error
 
 
 def choose_columns(task: Task, data: DataConfig, rows: dict) -> list[str]:
@@ -587,7 +584,8 @@ class Network:
         positions = np.arange(T, dtype=np.int32) - np.repeat(np.array([*starts, total], dtype=np.int32), [*lengths, T - total])
         document_ids, positions = (torch.from_numpy(x).to(self.device) for x in (document_ids, positions))
         max_seqlen = self.max_length if self.sizes else longest      # a compiled graph is made for one
-        hidden = self.encode(torch.from_numpy(input_ids).to(self.device), document_ids, positions, max_seqlen)                  # [T, d]
+        starts = None if self.kind == "span" else torch.from_numpy(starts).to(self.device)           # of the examples' [CLS]
+        hidden = self.encode(torch.from_numpy(input_ids).to(self.device), document_ids, positions, max_seqlen, wanted=starts)    # [T, d] or [n, d]
         if self.kind == "span":
             logits = hidden.new_full((len(row), 2, longest), -torch.inf, dtype=torch.float32)
             both = torch.stack(self.model.span_logits(hidden[:total]), dim=-1)                       # [tokens, 2]
@@ -595,7 +593,7 @@ class Network:
         # The classifier sees the whole batch, zero where another row or rank has the example: so dropout, drawn from the
         # step's seed, meets each example alike wherever it lies.
         slots = torch.from_numpy(slots).to(self.device)
-        cls = hidden.new_zeros(batch, hidden.size(-1)).index_copy(0, slots, hidden[torch.from_numpy(starts).to(self.device)])
+        cls = hidden.new_zeros(batch, hidden.size(-1)).index_copy(0, slots, hidden)
         return self.model.classify(cls)[slots]
 
     def padded(self, split: Split, row: np.ndarray) -> Tensor:
@@ -755,14 +753,6 @@ def dev_score(metrics: dict[str, dict], data: Data) -> float:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One run
-
-LOG_LINE = re.compile(
-    r"^task:(?P<task>\w+) run:(?P<run>\d+)/(?P<runs>\d+) step:(?P<step>\d+)/(?P<steps>\d+) epoch:(?P<epoch>\d+\.\d+)"
-    r"(?: train_loss:(?P<train_loss>\d+\.\d+) lr:(?P<lr>\d\.\d+e[+-]\d+))?"
-    r"(?: dev_score:(?P<dev_score>-?\d+\.\d+))?"
-    r" train_time:(?P<train_time>\d+)ms$"
-)
-
 
 def sum_gradients(parameters: list[nn.Parameter], place: Place) -> None:
     """Over ranks. A rank that had no example of a small last batch brings zeros."""
@@ -1010,7 +1000,7 @@ def run_task(place: Place, base: Base, data: Data, cells: list[FinetuneConfig], 
         (folder / "model" / "README.md").write_text(model_card(train.hf_model_name or folder.resolve().name, base, data, report), encoding="utf-8")
         (folder / "metrics.json.tmp").write_text(json.dumps(report, indent=1))
         os.replace(folder / "metrics.json.tmp", folder / "metrics.json")  # last: a folder with it is finished
-        log.section("result", results_table(results), echo=True)
+        log.section(f"results {data.name}", results_table(results), echo=True)
         log.write(f"model: {folder / 'model'}")
         if hub:
             hub.push(folder / "model", revision)
@@ -1137,10 +1127,8 @@ def finetune_all(place: Place, preset: str, task: str, protocol_name: str, given
         place.on_first(lambda: hub.append(HubPusher(train.hf_model_name)))
     log = RunLog(folder, None, 0) if place.first else None
     if log:
-        log.section("command", shlex.join(argv))
-        log.section("config", json.dumps(resolved))
-        log.section("environment", json.dumps(environment(place)))
-        log.section("code", f"{module_code()}\n--- finetuner.py\n{Path(__file__).read_text(encoding='utf-8')}")
+        weights = Path(base_name) / "model.safetensors"
+        open_log(log, argv, resolved, place, {}, {"base_sha256": sha256_of(weights) if weights.exists() else None}, (*MODULES, "finetuner.py"))
         log.section("run", f"{folder}: from {base_name}" + ("" if train.base_model else ", the newest finished pretraining run"), echo=True)
 
     def one(name: str, into: Path, start: Base, revision: str) -> dict | str:
@@ -1157,16 +1145,18 @@ def finetune_all(place: Place, preset: str, task: str, protocol_name: str, given
             return found
         return run_task(place, start, found, grid_of(protocol, name, set(flags), train), into, log, hub[0] if hub else None, revision)
 
+    reports: dict[str, dict] = {}
     if task != "glue":
         if task in protocol.from_mnli:
             base = place.on_first(lambda: open_base(mnli_model(Path(train.out), base_name), data.max_length))
-        if isinstance(missing := one(task, folder, base, "main"), str):
-            raise InputError(missing)
+        report = one(task, folder, base, "main")
+        if isinstance(report, str):
+            raise InputError(report)
+        reports[task] = report
     else:
-        medians = {}
         for name in GLUE:
             start = base
-            if name in protocol.from_mnli and "mnli" in medians:
+            if name in protocol.from_mnli and "mnli" in reports:
                 start = place.on_first(lambda: open_base(str(folder / "mnli" / "model"), data.max_length))
             metrics = folder / name / "metrics.json"
             report = place.on_first(lambda: json.loads(metrics.read_text()) if metrics.exists() else None) or one(name, folder / name, start, name)
@@ -1174,20 +1164,22 @@ def finetune_all(place: Place, preset: str, task: str, protocol_name: str, given
                 if log:
                     log.write(f"{name} is left out: {report}")
                 continue
-            medians[name] = {split: {metric: value["median"] for metric, value in values.items()}
-                             for split, values in report["results"]["pretrained"].items()}
-        if not medians:
+            reports[name] = report
+        if not reports:
             raise InputError("no GLUE task has its data: give --data.dataset FOLDER with a folder for each task, named as in nyu-mll/glue")
-        scores = glue_scores(medians)
+        scores = glue_scores({name: {split: {metric: value["median"] for metric, value in values.items()}
+                                     for split, values in report["results"]["pretrained"].items()} for name, report in reports.items()})
 
         def finish() -> None:
             row = glue_row(Path(base_name).name, scores)
-            log.section("glue", f"medians over runs; averages over {len(medians)} of {len(GLUE)} tasks\n{row}", echo=True)
-            report = {"task": "glue", "base_model": base_name, "protocol": protocol_name, "scores": scores, "tasks": list(medians)}
+            log.section("glue", f"medians over runs; averages over {len(reports)} of {len(GLUE)} tasks\n{row}", echo=True)
+            report = {"task": "glue", "base_model": base_name, "protocol": protocol_name, "scores": scores, "tasks": list(reports)}
             (folder / "metrics.json").write_text(json.dumps(report, indent=1))
 
         place.on_first(finish)
     if log:
+        close_log(log, {"run": str(folder), "finished": True, "results": {name: report["results"] for name, report in reports.items()}})
+        draw_curves(folder)
         log.bar.close()
         for command in hub[0].finish() if hub else []:
             print(f"not pushed, kept on disk; push it later with:  {command}")

@@ -303,14 +303,15 @@ class Attention(nn.Module):
         self.norm = Norm(config.norm_eps)
         self.value_lambda = nn.Parameter(torch.tensor(0.5)) if config.value_residual and layer > 0 else None
 
-    def forward(self, x: Tensor, first_value: Optional[Tensor], rotary: tuple[Tensor, Tensor], mask) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, first_value: Optional[Tensor], rotary: tuple[Tensor, Tensor], mask, wanted: Optional[Tensor]) -> tuple[Tensor, Tensor]:
         T, d = x.shape
         q, k, v = self.qkv(x).view(1, T, 3, self.num_heads, d // self.num_heads).unbind(2)           # [1, T, H, D] each
         if self.value_lambda is not None:
             v = v + self.value_lambda * (first_value - v)                            # Zhou et al. 2024, "Value Residual Learning"
         q, k = (rotate(self.norm(x), *rotary) for x in (q, k))
         x = attend(q, k, v, mask, scale=0.12)                                        # with QK-norm; 1 / sqrt(64) = 0.125
-        return self.out(x.reshape(T, d)), v
+        x = x.reshape(T, d)
+        return self.out(x if wanted is None else x[wanted]), v
 
 
 class GeGLU(nn.Module):
@@ -333,13 +334,14 @@ class Block(nn.Module):
         self.input_lambdas = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embedding_skip and layer > 0 else None
         self.skip_lambda = nn.Parameter(torch.tensor(0.0)) if config.unet_skips and 2 * layer > config.num_hidden_layers else None
 
-    def forward(self, x: Tensor, x0: Tensor, skip: Optional[Tensor], first_value: Optional[Tensor], rotary, mask):
+    def forward(self, x: Tensor, x0: Tensor, skip: Optional[Tensor], first_value: Optional[Tensor], rotary, mask, wanted: Optional[Tensor] = None):
+        """[T, d] -> [T, d], or [N, d] for the positions wanted [N]; and the values, for later layers."""
         if self.input_lambdas is not None:
             x = self.input_lambdas[0] * x + self.input_lambdas[1] * x0
         if self.skip_lambda is not None:
             x = x + self.skip_lambda * skip
-        attended, value = self.attention(self.norm(x), first_value, rotary, mask)    # [T, d]
-        x = x + attended
+        attended, value = self.attention(self.norm(x), first_value, rotary, mask, wanted)            # [T, d] or [N, d]
+        x = (x if wanted is None else x[wanted]) + attended
         return x + self.mlp(self.norm(x)), value
 
 
@@ -393,12 +395,13 @@ class KBERTModel(KBERTPreTrainedModel):
         return self.attention_backend == "flex"
 
     def encode(self, input_ids: Tensor, document_ids: Tensor, positions: Tensor, max_seqlen: int, window: Optional[int] = None,
-               slots: Optional[Tensor] = None) -> Tensor:
+               slots: Optional[Tensor] = None, wanted: Optional[Tensor] = None) -> Tensor:
         """One row without padding: input_ids, document_ids (ascending), positions [T] -> hidden states [T, d].
 
         T is a multiple of 128 and no document but padding is longer than max_seqlen. window: tokens to each side that local layers
         see, half of local_attention_window when None. slots: pack_slots(document_ids, max_seqlen), which only attention without
-        FlexAttention needs; compiled models cannot make them on their own.
+        FlexAttention needs; compiled models cannot make them on their own. wanted [N]: the positions whose states are needed -> [N, d];
+        behind its attention, the last layer computes these alone.
         """
         window = self.config.local_attention_window // 2 if window is None else window
         if self.uses_flex(document_ids.device):
@@ -414,7 +417,8 @@ class KBERTModel(KBERTPreTrainedModel):
         for layer, block in enumerate(self.blocks):
             inputs.append(x)
             skip = inputs[len(self.blocks) - layer] if block.skip_lambda is not None else None
-            x, value = block(x, x0, skip, first_value, rotary, global_mask if self.config.is_global(layer) else local_mask)
+            x, value = block(x, x0, skip, first_value, rotary, global_mask if self.config.is_global(layer) else local_mask,
+                             wanted if layer == len(self.blocks) - 1 else None)
             first_value = value if layer == 0 else first_value
         return self.norm(x)
 
@@ -460,8 +464,7 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
 
         Only these positions reach the vocabulary: at 15% masking and V = 50k that saves more than any fused kernel.
         """
-        x = self.encoder.encode(input_ids, document_ids, positions, max_seqlen, window, slots)
-        logits = self.logits(x[masked])                                              # [N, V]
+        logits = self.logits(self.encoder.encode(input_ids, document_ids, positions, max_seqlen, window, slots, wanted=masked))      # [N, V]
         # Cross-entropy without subtracting the maximum, which the soft cap bounds
         own = logits.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
         return torch.where(targets >= 0, logits.exp().sum(-1).log() - own, 0.0).sum()

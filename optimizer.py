@@ -9,7 +9,8 @@ A group is one stack of rows: for Muon a row is a matrix [r, c] and all matrices
 batched products; for Adam a row is a single number. The stack is padded with zeros to a multiple of the world size, so any
 number of matrices goes with any number of ranks.
 
-Bytes that a rank sends in a step, for P parameters on W ranks: (4 + 2) * P * (W - 1) / W.
+Bytes that a rank sends in a step, for P parameters on W ranks: (4 + 2) * P * (W - 1) / W, and a little for padding. The Adam groups'
+sums travel while Muon's stacks are built; each group's updates travel while the next group is orthogonalised.
 """
 
 from __future__ import annotations
@@ -124,12 +125,13 @@ class Muon(Group):
     def update(self, momentum: float) -> Tensor:
         gradient = self.gradient
         self.state["momentum"].lerp_(gradient, 1 - momentum)
-        update = polar_express(gradient.lerp(self.state["momentum"], momentum)).float()
-        second_moment = self.state["second_moment"].lerp_(update.square().mean(self.inputs, keepdim=True), 1 - self.beta2)
+        update = polar_express(gradient.lerp(self.state["momentum"], momentum))
+        squares = torch.linalg.vector_norm(update, dim=self.inputs, keepdim=True, dtype=torch.float32).square()      # of each neuron
         # A matrix behind a zero-initialised one has no gradient at step 0, hence the clamps.
-        normalised = update * second_moment.clamp_min(1e-10).rsqrt()
-        norms = [x.norm(dim=(-2, -1), keepdim=True) for x in (update, normalised)]
-        return normalised * (self.scale * norms[0] / norms[1].clamp_min(1e-10))
+        second_moment = self.state["second_moment"].lerp_(squares / update.size(self.inputs), 1 - self.beta2).clamp_min(1e-10)
+        # What the normalisation does to the matrix's norm follows from its neurons' norms, and is taken back.
+        before, after = (x.sum((-2, -1), keepdim=True) for x in (squares, squares / second_moment))
+        return update * (self.scale * (before / after.clamp_min(1e-20)).sqrt() * second_moment.rsqrt())
 
 
 class Adam(Group):
@@ -175,6 +177,10 @@ class Optimizer:
     @property
     def groups(self) -> list[Group]:
         return [*self.adam, *self.muon]
+
+    def bytes_sent(self) -> int:
+        """By each rank in a step: it sends every other rank's share of the fp32 gradients, and its bf16 updates to every other rank."""
+        return sum(group.share * math.prod(group.row) * (group.world_size - 1) * (4 + 2) for group in self.groups)
 
     def step(self, lr_factor: float, momentum: float) -> None:
         """One update from the gradients, each rank's part of a loss that is a sum over ranks. Frees the gradients."""

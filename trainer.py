@@ -4,8 +4,8 @@
     one GPU               torchrun --standalone --nproc_per_node=1 trainer.py --data.dir data/fineweb_edu
     eight GPUs            torchrun --standalone --nproc_per_node=8 trainer.py --data.dir data/fineweb_edu --train.hf_model_name USER/NAME
 
-`--help` lists every setting with its unit. A run leaves logs/RUN/ with log.txt, metrics.jsonl, config.json, checkpoints/ and
-model/, the finished model in Hugging Face form. The same rows make up the same steps on any number of ranks.
+`--help` lists every setting with its unit. A run leaves logs/RUN/ with log.txt, metrics.jsonl, config.json, curves.png, checkpoints/
+and model/, the finished model in Hugging Face form. The same rows make up the same steps on any number of ranks.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import sys
 import time
 import types
 import typing
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ ROOT = Path(__file__).resolve().parent
 class DataConfig:
     dir: str = option("data/fineweb_edu", "folder of shards with their manifest.json and tokenizer/")
     max_length: int = option(1024, "tokens in a window, [CLS] and [SEP] included; longer documents are cut into windows")
-    valid_tokens: int = option(10_000_000, "tokens of text in the validation set, the first ones of the valid shards")
+    valid_tokens: int = option(10_000_000, "tokens of text in the validation set, the first ones of the valid shards; at the end as many of test")
 
 
 @dataclass
@@ -87,12 +88,13 @@ class TrainConfig:
     window_start: Optional[int] = option(None, "tokens in the local attention window at the start, grown in steps of 64; none: the model's")
 
     valid_every: int = option(250, "steps between validations; 0: only at the end")
-    log_every: int = option(1, "steps between lines of the log; the GPU is waited for at each")
+    log_every: int = option(10, "steps between lines of the log; the GPU is waited for at each")
     save_every: int = option(0, "steps between checkpoints; 0: none but that of an interruption")
     keep_checkpoints: int = option(2, "checkpoints that stay on disk")
     resume: Optional[str] = option(None, "auto: the newest checkpoint of run_name, or of the newest unfinished run; or a checkpoint's folder")
     out: str = option("logs", "folder of runs")
     run_name: Optional[str] = option(None, "folder of this run within out; none: date and time")
+    declared_runs: Optional[int] = option(None, "runs declared for a record, with the seeds 1, 2, ...: it must hold them all (records/README.md)")
     seed: int = option(1, "of initial weights, order of data and masks")
     compile: bool = option(True, "torch.compile; without a C++ compiler a CPU run falls back to eager")
     hf_model_name: Optional[str] = option(None, "USER/NAME on the Hugging Face Hub to push to: checkpoints as branches, the model as main")
@@ -106,6 +108,8 @@ class TrainConfig:
         for name in ("steps", "batch_tokens", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InputError(f"--train.{name} is {getattr(self, name)}: give a positive number")
+        if self.declared_runs is not None and not 1 <= self.seed <= self.declared_runs:
+            raise InputError(f"--train.seed {self.seed} is not one of the {self.declared_runs} declared runs: their seeds are 1 to {self.declared_runs}")
         if min(self.mask_rate_start, self.mask_rate_end) == 0:
             raise InputError("a masking rate of 0 leaves nothing to predict: raise --train.mask_rate_start or --train.mask_rate_end")
         if self.row_tokens is not None and (self.row_tokens < 128 or self.row_tokens % 128):
@@ -119,7 +123,7 @@ def _shape(preset: str) -> dict:
 PRESETS = {
     "micro": _shape("micro") | {
         "data.dir": "data/sample", "data.max_length": 256, "data.valid_tokens": 100_000,
-        "train.steps": 200, "train.row_tokens": 8192, "train.batch_tokens": 8192, "train.valid_every": 50,
+        "train.steps": 200, "train.row_tokens": 8192, "train.batch_tokens": 8192, "train.valid_every": 50, "train.log_every": 1,
     },
     "small": _shape("small"),
     "base": _shape("base"),
@@ -231,18 +235,31 @@ def local_window(progress: float, c: TrainConfig, full: int) -> int:
 # Model FLOPs: matrix products of the model alone, attention as really masked, the head at masked positions
 
 
-def forward_flops(config: KBERTConfig, lengths: np.ndarray, masked: int, window: int) -> float:
-    """Of one forward over documents of these lengths [documents], with `masked` positions predicted; backward costs twice that."""
-    d, f = config.hidden_size, config.intermediate_size
-    lengths = lengths.astype(np.float64)
-    side = window // 2
-    globals_ = sum(config.is_global(layer) for layer in range(config.num_hidden_layers))
-    locals_ = config.num_hidden_layers - globals_
-    seen_globally = (lengths**2).sum()
-    seen_locally = np.where(lengths > side, lengths * (2 * side + 1) - side * (side + 1), lengths**2).sum()
-    matrices = 2 * lengths.sum() * config.num_hidden_layers * (4 * d * d + 3 * d * f)
-    attention = 4 * d * (globals_ * seen_globally + locals_ * seen_locally)
-    return float(matrices + attention + 2 * masked * d * config.vocab_size)
+@dataclass
+class Work:
+    """What FLOPs follow from, counted over all ranks: a log gives these sums, so that anyone can check its FLOPs."""
+    tokens: int = 0        # real ones: padding is not work
+    global_pairs: int = 0  # pairs of tokens that see each other in a global layer
+    local_pairs: int = 0   # and in a local layer
+    masked: int = 0        # positions predicted
+
+    def add(self, lengths: np.ndarray, masked: int, window: int) -> None:
+        """One forward over documents of these lengths [documents]."""
+        lengths, side = lengths.astype(np.int64), window // 2
+        self.tokens += int(lengths.sum())
+        self.global_pairs += int((lengths**2).sum())
+        self.local_pairs += int(np.where(lengths > side, lengths * (2 * side + 1) - side * (side + 1), lengths**2).sum())
+        self.masked += masked
+
+    def training_flops(self, config: KBERTConfig, whole_last_layer: bool = False) -> float:
+        """Of forward and backward, which costs twice the forward. Behind its attention, our last layer computes masked positions alone."""
+        d, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+        global_layers = sum(config.is_global(layer) for layer in range(layers))
+        matrices = 2 * self.tokens * layers * (4 * d * d + 3 * d * f)
+        if not whole_last_layer:
+            matrices -= 2 * (self.tokens - self.masked) * (d * d + 3 * d * f)
+        attention = 4 * d * (global_layers * self.global_pairs + (layers - global_layers) * self.local_pairs)
+        return 3.0 * (matrices + attention + 2 * self.masked * d * config.vocab_size)
 
 
 def peak_flops(device: torch.device) -> float:
@@ -333,11 +350,13 @@ def can_compile(device: torch.device) -> bool:
 # Log: one format, one regular expression
 
 LOG_LINE = re.compile(
-    r"^step:(?P<step>\d+)/(?P<steps>\d+|-)"  # "-": a run by the clock has no planned number of steps
-    r"(?: train_loss:(?P<train_loss>\d+\.\d+))?"
-    r"(?: val_loss:(?P<val_loss>\d+\.\d+))?"
-    r" train_time:(?P<train_time>\d+)ms step_avg:(?P<step_avg>\d+\.\d+)ms"
-    r" tokens:(?P<tokens>\d+) flops:(?P<flops>\d\.\d+e[+-]\d+) mfu:(?P<mfu>\d\.\d+)$"
+    r"^(?:task:(?P<task>\w+) run:(?P<run>\d+)/(?P<runs>\d+) )?"  # of finetuner.py
+    r"step:(?P<step>\d+)/(?P<steps>\d+|-)"  # "-": a run by the clock has no planned number of steps
+    r"(?: epoch:(?P<epoch>\d+\.\d+))?"
+    r"(?: train_loss:(?P<train_loss>\d+\.\d+))?(?: lr:(?P<lr>\d\.\d+e[+-]\d+))?"
+    r"(?: val_loss:(?P<val_loss>\d+\.\d+))?(?: dev_score:(?P<dev_score>-?\d+\.\d+))?"
+    r" train_time:(?P<train_time>\d+)ms"
+    r"(?: step_avg:(?P<step_avg>\d+\.\d+)ms tokens:(?P<tokens>\d+) flops:(?P<flops>\d\.\d+e[+-]\d+) mfu:(?P<mfu>\d\.\d+))?$"
 )
 MODULES = ("trainer.py", "model.py", "optimizer.py", "dataloading.py")
 
@@ -371,11 +390,11 @@ class RunLog:
             self.wandb_run.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])
 
 
-def log_line(step: int, steps: Optional[int], seconds: float, run_steps: int, tokens: int, flops: float, mfu: float,
+def log_line(step: int, steps: Optional[int], seconds: float, tokens: int, flops: float, mfu: float,
              train_loss: Optional[float] = None, val_loss: Optional[float] = None) -> str:
     losses = "".join(f" {name}:{value:.4f}" for name, value in (("train_loss", train_loss), ("val_loss", val_loss)) if value is not None)
     return (f"step:{step}/{'-' if steps is None else steps}{losses} train_time:{1000 * seconds:.0f}ms "
-            f"step_avg:{1000 * seconds / max(1, run_steps):.2f}ms tokens:{tokens} flops:{flops:.6e} mfu:{mfu:.4f}")
+            f"step_avg:{1000 * seconds / max(1, step):.2f}ms tokens:{tokens} flops:{flops:.6e} mfu:{mfu:.4f}")
 
 
 def environment(place: Place) -> dict:
@@ -392,12 +411,58 @@ def environment(place: Place) -> dict:
         info = Path("/proc/cpuinfo")
         names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
         hardware = {"device": (names or [platform.processor() or platform.machine()])[0], "threads": torch.get_num_threads()}
-    return {**versions, **hardware, "system": platform.platform(), "world_size": place.world_size}
+    identity = Path("/etc/machine-id")
+    said = platform.node() + (identity.read_text() if identity.exists() else "")
+    machine = hashlib.sha256(said.encode()).hexdigest()[:12]  # tells machines apart, names none
+    return {**versions, **hardware, "system": platform.platform(), "world_size": place.world_size, "machine": machine,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
-def module_code() -> str:
-    """What ran, byte for byte: every module with its sha256."""
-    return "\n".join(f"--- {name} sha256:{sha256_of(ROOT / name)}\n{(ROOT / name).read_text(encoding='utf-8')}" for name in MODULES)
+CODE_HEADER = re.compile(r"^--- (?P<name>\S+) sha256:(?P<sha256>[0-9a-f]{64})(?: lines:(?P<lines>\d+))?$")
+
+
+def module_code(names: Sequence[str] = MODULES) -> str:
+    """What ran, byte for byte: every module under a header with its sha256 and number of lines."""
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in names}
+    return "\n".join(f"--- {name} sha256:{sha256_of(ROOT / name)} lines:{text.count(chr(10))}\n{text[:-1]}" for name, text in texts.items())
+
+
+def split_code(text: str) -> tuple[str, dict[str, str]]:
+    """A log without the modules' code, of whose headers name and hash stay, and the code: module -> text. Splitting twice changes nothing."""
+    kept, code, lines = [], {}, iter(text.split("\n"))
+    for line in lines:
+        if (header := CODE_HEADER.match(line)) and header["lines"]:
+            line = line.removesuffix(f" lines:{header['lines']}")
+            code[header["name"]] = "".join(f"{next(lines, '')}\n" for _ in range(int(header["lines"])))
+        kept.append(line)
+    return "\n".join(kept), code
+
+
+def open_log(log: RunLog, argv: Sequence[str], resolved: dict, place: Place, measured: dict, data: dict, modules: Sequence[str] = MODULES) -> None:
+    """What a run is, before its first line. measured: what belongs to the machine and was found at the start, such as peak_flops."""
+    log.section("command", shlex.join(argv))
+    log.section("config", json.dumps(resolved))
+    log.section("environment", json.dumps({**environment(place), **measured}))
+    log.section("data", json.dumps(data))
+    log.section("code", module_code(modules))
+
+
+def draw_curves(run: Path) -> None:
+    """curves.png beside the log, when matplotlib is there."""
+    try:
+        from records.plot import draw
+        draw([run], run / "curves.png")
+    except ImportError:
+        pass
+    except InputError as error:  # a line cut in half by a kill, in a run that was resumed
+        print(f"no curves.png: {error}")
+
+
+def close_log(log: RunLog, result: dict) -> None:
+    """The result, with a hash over all that stands before it but the code, whose hashes do stand there: an edited line shows."""
+    said, _ = split_code(Path(log.file.name).read_text(encoding="utf-8"))
+    digest = hashlib.sha256(said.encode()).hexdigest()
+    log.section("result", json.dumps({**result, "log_sha256": digest}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -441,8 +506,8 @@ def frozen_mask(offsets: np.ndarray) -> np.ndarray:
     return (offsets >= 0) & (mixed(offsets + 1) < np.uint64(FROZEN_MASK_RATE * 2**64))
 
 
-def validation_loader(directory: Path, manifest: dict, data: DataConfig, row_tokens: int, place: Place) -> Loader:
-    return Loader(directory, manifest, "valid", row_tokens, data.max_length, seed=None, max_tokens=data.valid_tokens,
+def validation_loader(directory: Path, manifest: dict, data: DataConfig, row_tokens: int, place: Place, split: str = "valid") -> Loader:
+    return Loader(directory, manifest, split, row_tokens, data.max_length, seed=None, max_tokens=data.valid_tokens,
                   rank=place.rank, world_size=place.world_size, device=place.device)
 
 
@@ -461,6 +526,12 @@ def validate(loss_of, loader: Loader, mask_id: int, window: int, max_length: int
     if not count:
         raise InputError("the validation set holds no text to mask: raise --data.valid_tokens or pack more text")
     return loss / count
+
+
+def data_hash(manifest: dict) -> str:
+    """Of tokenizer and shards: two runs with the same one read the same tokens."""
+    said = [manifest["tokenizer"]["sha256"], sorted((name, entry["sha256"]) for name, entry in manifest["shards"].items())]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def describe_validation(loader: Loader, train_shards: list[Path], vocab_size: int) -> dict:
@@ -551,7 +622,7 @@ class HubPusher:
             self.api.whoami()
             self.api.create_repo(name, exist_ok=True)
         except Exception as error:  # whatever the Hub or the network has to say
-            raise InputError(f"cannot push to {name} on the Hugging Face Hub ({type(error).__name__}: {_first_line(error)}): "
+            raise InputError(f"cannot push to {name} on the Hugging Face Hub ({type(error).__name__}: {first_line(error)}): "
                              "run `hf auth login` with a token that may write there, or drop --train.hf_model_name") from error
 
     def push(self, folder: Path, revision: str) -> None:
@@ -563,7 +634,7 @@ class HubPusher:
             future = self.api.upload_folder(repo_id=self.name, folder_path=folder, revision=revision, run_as_future=True,
                                             commit_message=f"KBERT {revision}")
         except Exception as error:
-            print(f"warning: pushing {folder} to {self.name} failed ({_first_line(error)})", file=sys.stderr)
+            print(f"warning: pushing {folder} to {self.name} failed ({first_line(error)})", file=sys.stderr)
         self.pending.append((folder, revision, future))
 
     def finish(self) -> list[str]:
@@ -577,12 +648,12 @@ class HubPusher:
                 if folder.parent.name == "to_push":
                     shutil.rmtree(folder)
             except Exception as error:
-                print(f"warning: pushing {folder} to {self.name} failed ({_first_line(error)})", file=sys.stderr)
+                print(f"warning: pushing {folder} to {self.name} failed ({first_line(error)})", file=sys.stderr)
                 commands.append(f"hf upload {shlex.quote(self.name)} {shlex.quote(str(folder))} . --revision {revision}")
         return commands
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -730,7 +801,6 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
     if (directory / "tokenizer").exists():
         from transformers import AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
-    data_hash = hashlib.sha256(json.dumps([specials["sha256"], sorted((n, e["sha256"]) for n, e in manifest["shards"].items())]).encode()).hexdigest()
 
     # --- where the run lives, and what it continues
     out = Path(train.out)
@@ -776,8 +846,8 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
     rows_per_rank = train.grad_accum or train.batch_tokens // (row_tokens * place.world_size)
     compile_seconds = time.perf_counter() - started
 
-    state = {"step": 0, "seconds": 0.0, "tokens": 0, "flops": 0.0, "loader": None}
-    identity = {"model": {k: v for k, v in config.to_dict().items() if k != "transformers_version"}, "data": data_hash,
+    state = {"step": 0, "seconds": 0.0, "work": dataclasses.asdict(Work()), "loader": None}
+    identity = {"model": {k: v for k, v in config.to_dict().items() if k != "transformers_version"}, "data": data_hash(manifest),
                 "seed": train.seed, "row_tokens": row_tokens, "max_length": data.max_length}
     if checkpoint:
         from safetensors.torch import load_file
@@ -809,11 +879,8 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
             log.section("resumed", f"{checkpoint.name}", echo=True)
         else:
             (run / "config.json").write_text(json.dumps(resolved, indent=1))
-            log.section("command", shlex.join(argv))
-            log.section("config", json.dumps(resolved))
-            log.section("environment", json.dumps({**environment(place), "peak_flops": peak, "compiled": compiled, "compile_seconds": round(compile_seconds, 2)}))
-            log.section("data", json.dumps({"hash": data_hash, "tokenizer": specials["sha256"], "vocab_size": config.vocab_size, "validation": validation}))
-            log.section("code", module_code())
+            open_log(log, argv, resolved, place, {"peak_flops": peak, "compiled": compiled, "compile_seconds": round(compile_seconds, 2)},
+                     {"hash": data_hash(manifest), "tokenizer": specials["sha256"], "vocab_size": config.vocab_size, "validation": validation})
             log.section("run", f"{run}: {parameters / 1e6:.1f}M parameters ({(parameters - model.encoder.embed.weight.numel()) / 1e6:.1f}M without the "
                         f"embedding), {place.world_size} x {rows_per_rank} rows of {row_tokens} tokens a step, compiled in {compile_seconds:.0f} s", echo=True)
             log.write(f"loss of a uniform guess {math.log(config.vocab_size):.4f}, of unigram frequencies {validation['unigram_loss']:.4f}")
@@ -826,7 +893,7 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
         interrupted = True
 
     previous_handler = signal.signal(signal.SIGTERM, on_sigterm)
-    step, tokens, flops, clock = state["step"], state["tokens"], state["flops"], Clock(device, state["seconds"])
+    step, work, clock = state["step"], Work(**state["work"]), Clock(device, state["seconds"])
     loader_state, rows, waited = state["loader"], iter(loader), 0.0
     unread: list[tuple[torch.Tensor, dict]] = []  # losses still on the device, with what to say of them
     val_loss = None
@@ -835,7 +902,7 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
         if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):  # the loss would tell only at the next step
             raise InputError(f"the weights after step {step} are not finite: no checkpoint was overwritten; lower the learning rates and use --train.resume auto")
         optimizer_state = optimizer.state_dict()
-        state = {"step": step, "seconds": clock.seconds, "tokens": tokens, "flops": flops, "loader": loader_state, "identity": identity, "config": resolved}
+        state = {"step": step, "seconds": clock.seconds, "work": dataclasses.asdict(work), "loader": loader_state, "identity": identity, "config": resolved}
 
         def write():
             folder = run / "checkpoints" / f"step-{step:06d}"
@@ -847,6 +914,12 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
 
         place.on_first(write)
 
+    def write_line(loss: dict[str, float], more: dict) -> None:
+        flops = work.training_flops(config)
+        mfu = flops / max(clock.seconds, 1e-9) / peak
+        log.step(log_line(step, steps, clock.seconds, work.tokens, flops, mfu, **loss),
+                 {"step": step, **loss, "seconds": clock.seconds, "tokens": work.tokens, "flops": flops, "mfu": mfu, **more})
+
     def write_losses() -> None:
         """Fetches the losses since the last line, stops at one that is not finite, writes the last."""
         if not unread:
@@ -857,10 +930,7 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
                 raise InputError(f"the loss of step {said['step']} is {loss}, at learning-rate factor {said['lr_factor']:.4g} (muon {train.muon_lr * said['lr_factor']:.4g}, "
                                  f"embedding {train.embed_lr * said['lr_factor']:.4g}), rows {said['rows']}: no checkpoint was overwritten; lower the rates and use --train.resume auto")
         if place.first:
-            said = unread[-1][1]
-            mfu = flops / max(clock.seconds, 1e-9) / peak
-            log.step(log_line(step, steps, clock.seconds, step, tokens, flops, mfu, train_loss=losses[-1]),
-                     {**said, "train_loss": losses[-1], "seconds": clock.seconds, "tokens": tokens, "flops": flops, "mfu": mfu, "data_wait_seconds": waited})
+            write_line({"train_loss": losses[-1]}, {**unread[-1][1], "data_wait_seconds": waited})
         unread.clear()
 
     while True:
@@ -879,9 +949,7 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
         if done or (train.valid_every and step % train.valid_every == 0 and not stop):
             val_loss = validate(loss_of, valid_loader, config.mask_token_id, window, data.max_length, place)
             if place.first:
-                mfu = flops / max(clock.seconds, 1e-9) / peak
-                log.step(log_line(step, steps, clock.seconds, step, tokens, flops, mfu, val_loss=val_loss),
-                         {"step": step, "val_loss": val_loss, "seconds": clock.seconds, "tokens": tokens, "flops": flops})
+                write_line({"val_loss": val_loss}, {})
         if stop or (train.save_every and step and step % train.save_every == 0 and step != state["step"]):
             save(push=bool(train.save_every) and not stop)
         if done or stop:
@@ -905,9 +973,7 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
 
         step += 1
         loader_state = batch[-1].state
-        lengths = np.concatenate([row.round_lengths for row in batch])
-        tokens += int(lengths.sum())
-        flops += 3 * forward_flops(config, lengths, masked_tokens, window)
+        work.add(np.concatenate([row.round_lengths for row in batch]), masked_tokens, window)
         unread.append((loss, {"step": step, "lr_factor": factor, "mask_rate": count / row_tokens, "window": window,
                               "batch_tokens": accum * place.world_size * row_tokens, "rows": [row.index for row in batch]}))
         if step % train.log_every == 0:
@@ -923,22 +989,29 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
         return {"run": str(run), "step": step, "finished": False}
 
     # --- the end
-    result = {"run": str(run), "step": step, "finished": True, "val_loss": val_loss, "tokens": tokens, "flops": flops, "seconds": clock.seconds,
-              "parameters": parameters}
+    has_test = any(entry["split"] == "test" and entry["tokens"] for entry in manifest["shards"].values())
+    test_loss = validate(loss_of, validation_loader(directory, manifest, data, row_tokens, place, "test"), config.mask_token_id, window,
+                         data.max_length, place) if has_test else None
+    flops = work.training_flops(config)
+    result = {"run": str(run), "step": step, "finished": True, "val_loss": val_loss, "test_loss": test_loss, "seconds": clock.seconds,
+              "flops": flops, "work": dataclasses.asdict(work), "parameters": parameters}
 
     def finish() -> None:
         def write(into: Path) -> None:
             save_model(into, model, tokenizer)
             (into / "README.md").write_text(MODEL_CARD.format(
                 name=train.hf_model_name or run.name, layers=config.num_hidden_layers, hidden=config.hidden_size, parameters=parameters / 1e6,
-                val_loss=val_loss, tokens=tokens, flops=flops, minutes=clock.seconds / 60, world_size=place.world_size,
+                val_loss=val_loss, tokens=work.tokens, flops=flops, minutes=clock.seconds / 60, world_size=place.world_size,
                 device=environment(place)["device"], source=json.dumps(manifest["source"]), mask=getattr(tokenizer, "mask_token", "[MASK]")), encoding="utf-8")
 
         save_folder(run / "model", write)
-        log.section("result", json.dumps(result))
+        close_log(log, {**result, "model_sha256": sha256_of(run / "model" / "model.safetensors")})
+        draw_curves(run)
         log.bar.close()
         print(f"\nvalidation loss  {val_loss:.4f}   (unigram frequencies alone: {validation['unigram_loss']:.4f}; below that, the model uses context)")
-        print(f"tokens           {tokens:,}\nmodel FLOPs      {flops:.3e}\ntraining time    {clock.seconds:.1f} s"
+        if test_loss is not None:
+            print(f"test loss        {test_loss:.4f}")
+        print(f"tokens           {work.tokens:,}\nmodel FLOPs      {flops:.3e}\ntraining time    {clock.seconds:.1f} s"
               f"\nlog              {run / 'log.txt'}\nmodel            {run / 'model'}")
         if tokenizer is not None:
             print("\n".join(answers(model, tokenizer, device)))

@@ -48,7 +48,7 @@ def sentences(seed: int, count: int, vocab_size: int = 64, shortest: int = 3, lo
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     return write_documents(tmp_path_factory.mktemp("corpus"), {
-        "train": [sentences(1, 300), sentences(2, 200)], "valid": [sentences(3, 60)]})
+        "train": [sentences(1, 300), sentences(2, 200)], "valid": [sentences(3, 60)], "test": [sentences(4, 40)]})
 
 
 @pytest.fixture(scope="session")

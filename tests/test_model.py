@@ -127,7 +127,11 @@ def test_loss_at_masked_positions_equals_the_loss_of_all_logits():
     labels = torch.full_like(ids, -100).index_put((masked,), targets)
     hidden = model.encoder.encode(ids, documents, positions, 256)
     expected = F.cross_entropy(model.logits(hidden), labels, reduction="sum")
-    torch.testing.assert_close(model.loss(ids, documents, positions, masked, targets, 256), expected)
+    loss = model.loss(ids, documents, positions, masked, targets, 256)
+    torch.testing.assert_close(loss, expected)
+    # The last layer computes what is predicted alone: no gradient may miss the rest.
+    for a, b in zip(torch.autograd.grad(loss, model.parameters()), torch.autograd.grad(expected, model.parameters())):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_padded_vocabulary_never_wins():

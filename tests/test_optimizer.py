@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -92,6 +94,7 @@ def test_muon_steps_have_the_size_that_lr_says():
 # Run under torchrun: steps a model on one global batch of gradients, of which each rank holds its part, then saves the result.
 WORKER = """
 import sys, torch
+import torch.distributed as dist
 sys.path[:0] = ["tests"]
 from test_optimizer import settings, small_model
 from optimizer import Optimizer
@@ -105,12 +108,23 @@ with processes() as place:
         saved = torch.load(load)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+    sent = 0
+    def counted(call, shares):
+        def wrapped(output, input, **more):
+            global sent
+            sent += input.numel() * input.element_size() * (place.world_size - 1) // shares
+            return call(output, input, **more)
+        return wrapped
+    whole, dist.reduce_scatter_tensor = dist.all_gather_into_tensor, counted(dist.reduce_scatter_tensor, place.world_size)
+    dist.all_gather_into_tensor = counted(whole, 1)
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
         for p in model.parameters():
             parts = torch.randn(6, *p.shape, generator=generator)
             p.grad = parts[place.rank :: place.world_size].sum(0)
         optimizer.step(1.0, 0.9)
+    assert sent == (last - first) * optimizer.bytes_sent(), (sent, optimizer.bytes_sent())
+    dist.all_gather_into_tensor = whole
     state = optimizer.state_dict()
     if place.first:
         torch.save({"model": model.state_dict(), "optimizer": state}, save)
@@ -133,6 +147,16 @@ def assert_same(a, b):
         for key in a[part]:
             # Sums over ranks differ in their last bits, which bf16 products inside Muon may round apart.
             torch.testing.assert_close(a[part][key], b[part][key], atol=2e-3, rtol=1e-3, msg=lambda m: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("world_size", (1, 8, 64))
+def test_bytes_sent_follow_the_formula(world_size):
+    """6 * P * (W - 1) / W, but for padding: what the workers below count as they send it."""
+    model = KBERTForMaskedLM(KBERTConfig(vocab_size=4096, **PRESETS["micro"]))
+    numbers = sum(p.numel() for p in model.parameters())
+    optimizer = Optimizer(model, rank=0, world_size=world_size, **settings())
+    padding = sum((group.share * world_size - group.rows) * math.prod(group.row) for group in optimizer.groups)
+    assert optimizer.bytes_sent() == 6 * (numbers + padding) * (world_size - 1) // world_size
 
 
 def test_two_and_three_ranks_give_what_one_process_gives_and_exchange_their_state(tmp_path):

@@ -20,7 +20,7 @@ from conftest import ROOT, SPECIALS, run_python, sentences, write_documents
 from dataloading import InputError, Loader, read_manifest
 from hub_stand_in import Hub
 from model import KBERTConfig
-from trainer import (LOG_LINE, PRESETS, DataConfig, TrainConfig, batch_factor, draw_masks, forward_flops, frozen_mask, local_window, log_line,
+from trainer import (LOG_LINE, PRESETS, DataConfig, TrainConfig, Work, batch_factor, draw_masks, frozen_mask, local_window, log_line,
                      lr_factor, main, mask_rate, muon_momentum, parse_flags, processes)
 
 TINY = ["--preset", "micro", "--data.max_length", "100", "--data.valid_tokens", "1500", "--train.row_tokens", "256", "--train.batch_tokens", "1536",
@@ -112,14 +112,19 @@ def test_flops_count_what_is_attended_to():
             pairs[window] += int((np.abs(at[:, None] - at) <= (n if window is None else window // 2)).sum())
     matrices = 2 * lengths.sum() * sum(r * c for r, c in [(192, 64), (64, 64), (256, 64), (64, 128)]) * 4
     attention = 2 * 2 * 64 * (2 * pairs[None] + 2 * pairs[16])  # two products a pair; layers 0 and 3 are global
-    assert forward_flops(config, lengths, 10, 16) == matrices + attention + 2 * 10 * 64 * 100
+    work = Work()
+    work.add(lengths[:2], 4, 16)
+    work.add(lengths[2:], 6, 16)
+    whole = 3 * (matrices + attention + 2 * 10 * 64 * 100)
+    assert work.training_flops(config, whole_last_layer=True) == whole
+    assert work.training_flops(config) == whole - 3 * 2 * (lengths.sum() - 10) * sum(r * c for r, c in [(64, 64), (256, 64), (64, 128)])
 
 
 def test_log_lines_match_the_one_expression():
-    line = log_line(120, 4000, 61.234, 120, 123456, 1.5e12, 0.4567, train_loss=4.1234)
+    line = log_line(120, 4000, 61.234, 123456, 1.5e12, 0.4567, train_loss=4.1234)
     assert line == "step:120/4000 train_loss:4.1234 train_time:61234ms step_avg:510.28ms tokens:123456 flops:1.500000e+12 mfu:0.4567"
     assert LOG_LINE.match(line)["train_loss"] == "4.1234" and LOG_LINE.match(line)["val_loss"] is None
-    assert LOG_LINE.match(log_line(0, None, 0.0, 0, 0, 0.0, 0.0, val_loss=9.0))["steps"] == "-"
+    assert LOG_LINE.match(log_line(0, None, 0.0, 0, 0.0, 0.0, val_loss=9.0))["steps"] == "-"
 
 
 # --- masks
@@ -175,7 +180,7 @@ def test_golden_losses(finished):
 def test_a_run_learns_and_leaves_what_it_says(finished):
     valid = losses(finished, "val_loss")
     assert list(valid) == [0, 10, 20] and valid[0] == pytest.approx(math.log(64), abs=0.1) and valid[20] < valid[0] - 0.3
-    assert {path.name for path in finished.iterdir()} == {"log.txt", "metrics.jsonl", "config.json", "checkpoints", "model"}
+    assert {path.name for path in finished.iterdir()} == {"log.txt", "metrics.jsonl", "config.json", "curves.png", "checkpoints", "model"}
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["step-000010", "step-000020"]
     text = (finished / "log.txt").read_text()
     for title in ("command", "config", "environment", "data", "code", "run", "result"):
@@ -183,7 +188,7 @@ def test_a_run_learns_and_leaves_what_it_says(finished):
     assert (ROOT / "optimizer.py").read_text() in text
     result = json.loads(text.split("=== result\n")[1].splitlines()[0])
     last = lines(finished)[-1]
-    assert int(last["tokens"]) == result["tokens"] and float(last["val_loss"]) == pytest.approx(result["val_loss"], abs=1e-4)
+    assert int(last["tokens"]) == result["work"]["tokens"] and float(last["val_loss"]) == pytest.approx(result["val_loss"], abs=1e-4)
     metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "train_loss" in m] == list(range(1, 21))
     assert f"{result['val_loss']:.4f}" in (finished / "model" / "README.md").read_text()
