@@ -4,32 +4,33 @@
     python tests/benchmark.py --data DIR --layers 6 --hidden 384 --heads 6 --intermediate 576
     python tests/benchmark.py --data DIR ... --train-minutes 15             train both that long: two curves of validation loss
     python tests/benchmark.py --preset base --data DIR --row-tokens 65536   on a GPU
+    python tests/benchmark.py --profile ...                                 our step by kind of kernel
+    python tests/benchmark.py --attention --preset base --data DIR ...      FlexAttention against varlen_attn, on a GPU
     python tests/benchmark.py --loader                                      the loader alone, on one core
 
-The reference gets AdamW, bf16 autocast, sdpa, prediction at masked positions only, and the batch shape that suits it best among
-    bucketed      documents sorted by length, padded to the longest of each batch
-    concatenated  documents run together and cut into lines of max_length, without padding; attention crosses documents
-each eager and, where shapes are static, compiled. Both sides take turns, so that a busy machine slows both; medians are compared.
+The reference (records/baseline/modernbert.py) gets AdamW, bf16 autocast, sdpa, prediction at masked positions only, and the batch shape
+that suits it best: bucketed or concatenated, eager or, where shapes are static, compiled. Both sides take turns, so that a busy machine
+slows both; medians are compared.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
+import re
 import statistics
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataloading import InputError, Loader, Row, read_manifest  # noqa: E402
-from model import PRESETS, KBERTConfig, KBERTForMaskedLM  # noqa: E402
-from trainer import (Clock, Place, TrainConfig, can_compile, draw_masks, forward_flops, frozen_mask, lr_factor, make_loss, make_optimizer, mask_count,  # noqa: E402
+from model import PRESETS, KBERTConfig, KBERTForMaskedLM, attend, flex_mask  # noqa: E402
+from records.baseline.modernbert import Reference  # noqa: E402
+from trainer import (Clock, Place, TrainConfig, Work, can_compile, draw_masks, lr_factor, make_loss, make_optimizer, mask_count,  # noqa: E402
                      mask_rate, muon_momentum, peak_flops, processes, validate, warm_up)
 
 MASK_RATE = 0.30  # of the timed steps: ModernBERT's
@@ -49,95 +50,20 @@ class Ours:
         self.loss_of = make_loss(self.model, can_compile(device))
         warm_up(self.model, self.loss_of, self.optimizer, [config.local_attention_window], row_tokens, max_length, device)
 
-    def step(self, row: Row, count: int, progress: float) -> torch.Tensor:
+    def gradients(self, row: Row, count: int) -> torch.Tensor:
         input_ids, masked, targets = draw_masks(row, count, 1, self.config.mask_token_id)
         loss = self.loss_of(input_ids, row.document_ids, row.positions, masked, targets, max_seqlen=self.max_length, window=self.config.local_attention_window)
         loss = loss / min(count, row.round_text[0])
         loss.backward()
-        self.optimizer.step(lr_factor(progress, self.train), muon_momentum(progress, self.train))
         return loss.detach()
+
+    def step(self, row: Row, count: int, progress: float) -> torch.Tensor:
+        loss = self.gradients(row, count)
+        self.optimizer.step(lr_factor(progress, self.train), muon_momentum(progress, self.train))
+        return loss
 
     def validate(self, loader: Loader, place: Place) -> float:
         return validate(self.loss_of, loader, self.config.mask_token_id, self.config.local_attention_window, self.max_length, place)
-
-
-class Reference:
-    """transformers' ModernBERT with AdamW, fed the documents of our rows in the shape it likes."""
-
-    def __init__(self, config: KBERTConfig, train: TrainConfig, max_length: int, device: torch.device, shape: str, compiled: bool, lr: float):
-        from transformers import ModernBertConfig, ModernBertForMaskedLM
-        torch.manual_seed(1)
-        self.name = f"modernbert {shape} {'compiled' if compiled else 'eager'}"
-        self.config, self.train, self.max_length, self.device, self.shape, self.lr = config, train, max_length, device, shape, lr
-        self.model = ModernBertForMaskedLM(ModernBertConfig(
-            vocab_size=config.padded_vocab_size, hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads, intermediate_size=config.intermediate_size, max_position_embeddings=max_length,
-            global_attn_every_n_layers=config.global_attention_every, local_attention=config.local_attention_window, sparse_prediction=True,
-            pad_token_id=config.pad_token_id, cls_token_id=config.cls_token_id, sep_token_id=config.sep_token_id,
-            bos_token_id=config.cls_token_id, eos_token_id=config.sep_token_id, attn_implementation="sdpa")).to(device).train()
-        self.call = torch.compile(self.model) if compiled else self.model
-        decayed = [p for p in self.model.parameters() if p.ndim == 2]
-        others = [p for p in self.model.parameters() if p.ndim != 2]
-        self.optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
-                                           lr=lr, betas=(0.9, 0.98), eps=1e-6)
-
-    def batches(self, row: Row, input_ids: torch.Tensor, labels: torch.Tensor, shape: str):
-        """input_ids, attention_mask, labels [B, S] each."""
-        if shape == "concatenated":
-            lines = [x[: x.size(0) // self.max_length * self.max_length].view(-1, self.max_length) for x in (input_ids.long(), labels)]
-            yield lines[0], torch.ones_like(lines[0]), lines[1]
-            return
-        # Batches of at most `budget` padded tokens, in order of length.
-        lengths = torch.bincount(row.document_ids)[: len(row.round_lengths)].tolist()
-        starts = [0, *itertools.accumulate(lengths)]
-        order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        budget = 2048 if self.device.type == "cpu" else 65536
-        while order:
-            count = next((n for n in range(len(order), 0, -1) if n * lengths[order[n - 1]] <= budget), 1)
-            size = lengths[order[count - 1]]
-            ids = torch.full((count, size), self.config.pad_token_id, device=self.device)
-            target, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-            for line, document in enumerate(order[:count]):
-                n, start = lengths[document], starts[document]
-                ids[line, :n], target[line, :n], mask[line, :n] = input_ids[start : start + n], labels[start : start + n], 1
-            yield ids, mask, target
-            order = order[count:]
-
-    def loss(self, call, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Summed over the labels."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            return call(input_ids=ids, attention_mask=mask, labels=labels).loss * (labels != -100).sum()
-
-    def step(self, row: Row, count: int, progress: float) -> torch.Tensor:
-        input_ids, masked, targets = draw_masks(row, count, 1, self.config.mask_token_id)
-        labels = torch.full_like(input_ids, -100, dtype=torch.long).index_put((masked,), targets)
-        total, masked_tokens = 0.0, min(count, row.round_text[0])
-        for ids, mask, target in self.batches(row, input_ids, labels, self.shape):
-            if (target != -100).any():
-                loss = self.loss(self.call, ids, mask, target) / masked_tokens
-                loss.backward()
-                total += loss.detach()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * lr_factor(progress, self.train)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return total
-
-    def validate(self, loader: Loader, place: Place) -> float:
-        """On whole documents, whatever shape it trains in; the masks are those our model is judged by."""
-        total, count = 0.0, 0
-        self.model.eval()
-        for row in loader:
-            masked = torch.from_numpy(frozen_mask(row.offsets)).to(self.device)
-            labels = torch.where(masked, row.input_ids.long(), -100)
-            input_ids = torch.where(masked, self.config.mask_token_id, row.input_ids)
-            for batch in self.batches(row, input_ids, labels, "bucketed"):
-                if (batch[2] != -100).any():
-                    with torch.no_grad():
-                        total += self.loss(self.model, *batch).item()
-            count += int(masked.sum())
-        self.model.train()
-        return total / count
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -176,13 +102,80 @@ def compare_steps(arguments, config, train, loader, place) -> dict:
             seconds[side.name] += timed(side, batch, device)
     rates = {name: statistics.median(tokens) / statistics.median(times) for name, times in seconds.items()}
     best = max((name for name in rates if name != "kbert"), key=rates.get)
-    flops = 3 * forward_flops(config, batch[0].round_lengths, mask_count(MASK_RATE, arguments.row_tokens), config.local_attention_window)
-    peak = peak_flops(device)
+    work, peak = Work(), peak_flops(device)
+    work.add(batch[0].round_lengths, mask_count(MASK_RATE, arguments.row_tokens), config.local_attention_window)
     for name, rate in rates.items():
         print(f"{name:34s} {rate:10,.0f} tokens/s   step {1000 * statistics.median(seconds[name]):8.0f} ms   memory so far {memory[name]:7,.0f} MB")
     return {"ours_tokens_per_s": round(rates["kbert"]), "reference_tokens_per_s": round(rates[best]), "ratio": round(rates["kbert"] / rates[best], 3),
             "reference": best, "variants": {name: round(rate) for name, rate in rates.items()},
-            "mfu": round(flops / statistics.median(seconds["kbert"]) / peak, 4), "ours_peak_memory_mb": round(memory["kbert"])}
+            "mfu": round(work.training_flops(config) / statistics.median(seconds["kbert"]) / peak, 4), "ours_peak_memory_mb": round(memory["kbert"])}
+
+
+# Kernels by name, the first that fits; the optimizer's are counted apart. bmm: attention by tiles, on a CPU.
+KINDS = {"attention": r"flex|flash|fmha|attention|bmm", "matrix products": r"gemm|nvjet|cutlass|xmma|linear|\bmm\b|::mm|addmm",
+         "elementwise": r"triton|fused|elementwise|vectorized|reduce|copy|aten::|index|cat"}
+
+
+def profile_step(arguments, config, train, loader, place) -> dict:
+    """Milliseconds of a step by kind of kernel, mean of three steps; what no kernel fills is idle."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+    cuda, rows, count = place.device.type == "cuda", iter(loader), mask_count(MASK_RATE, arguments.row_tokens)
+    side, milliseconds, wall = Ours(config, train, arguments.row_tokens, arguments.max_length, place.device), {}, 0.0
+    timed(side, [next(rows) for _ in range(2)], place.device)
+    for row in [next(rows) for _ in range(3)]:
+        for optimizing in (False, True):
+            with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
+                start = time.perf_counter()
+                if optimizing:
+                    side.optimizer.step(1.0, 0.95)
+                else:
+                    side.gradients(row, count)
+                if cuda:
+                    torch.cuda.synchronize()
+                wall += 1000 * (time.perf_counter() - start) / 3
+            for event in found.key_averages():
+                if (event.device_type == DeviceType.CUDA) == cuda:
+                    kind = "optimizer" if optimizing else next((kind for kind, names in KINDS.items() if re.search(names, event.key)), "other")
+                    spent = event.self_device_time_total if cuda else event.self_cpu_time_total
+                    milliseconds[kind] = milliseconds.get(kind, 0.0) + spent / 3000
+    milliseconds["idle"] = max(0.0, wall - sum(milliseconds.values()))
+    for kind, spent in sorted(milliseconds.items(), key=lambda item: -item[1]):
+        print(f"{kind:16s} {spent:9.1f} ms  {100 * spent / wall:5.1f}%")
+    return {"step_ms": round(wall, 2), "shares": {kind: round(spent / wall, 4) for kind, spent in milliseconds.items()}}
+
+
+def compare_attention(arguments, config, loader, place) -> dict:
+    """Forward and backward of one layer's attention on a real row: FlexAttention, mask included, against varlen_attn."""
+    from torch.nn.attention.varlen import varlen_attn
+    if place.device.type != "cuda":
+        raise InputError("--attention needs a GPU: FlexAttention has no backward on a CPU")
+    row, H, D = next(iter(loader)), config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    q, k, v = (torch.randn(1, row.input_ids.size(0), H, D, device=place.device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    ends = torch.bincount(row.document_ids).cumsum(0)
+    cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
+    longest = int(cu_seqlens.diff().max())
+    flex = torch.compile(lambda q, k, v, window: attend(q, k, v, flex_mask(row.document_ids, window), 0.12))
+
+    def varlen(q, k, v, window):
+        sides = (-1, -1) if window is None else (window, window)
+        return varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, longest, longest, scale=0.12, window_size=sides)[None]
+
+    result = {}
+    for window in (config.local_attention_window // 2, None):
+        seconds: dict[str, list[float]] = {"flex": [], "varlen": []}
+        for turn in range(23):
+            for name, call in (("flex", flex), ("varlen", varlen)):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                call(q, k, v, window).sum().backward()
+                torch.cuda.synchronize()
+                if turn >= 3:  # compiled, and warm
+                    seconds[name].append(time.perf_counter() - start)
+        times = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+        print(f"window {window}: FlexAttention {times['flex']:.2f} ms, varlen_attn {times['varlen']:.2f} ms, ratio {times['varlen'] / times['flex']:.2f}")
+        result["global" if window is None else "local"] = {name: round(value, 3) for name, value in times.items()}
+    return {"attention_ms": result}
 
 
 def measure_loader(loader: Loader, seconds: float = 5.0) -> dict:
@@ -223,13 +216,14 @@ def compare_training(arguments, config, train, new_loader, valid, place) -> dict
     curves: dict[str, list] = {}
     ours = Ours(config, train, arguments.row_tokens, arguments.max_length, place.device)
     ours_loss = train_for(ours, new_loader(), valid, train, arguments.row_tokens, place, curves.setdefault("kbert", []))
+    row_tokens = arguments.reference_row_tokens or arguments.row_tokens
     reference_train = TrainConfig(max_minutes=train.max_minutes, lr_warmup=0.06, lr_decay=0.5, mask_rate_start=0.30, mask_rate_end=0.30)
     losses = {}
     for lr in arguments.reference_lrs:
         reference = Reference(config, reference_train, arguments.max_length, place.device, arguments.reference_shape, arguments.reference_compile, lr)
         if arguments.reference_compile:  # before its clock starts, as for ours
-            reference.step(next(iter(new_loader())), mask_count(MASK_RATE, arguments.row_tokens), 0.0)
-        losses[lr] = train_for(reference, new_loader(), valid, reference_train, arguments.row_tokens, place, curves.setdefault(f"{reference.name} lr {lr:g}", []))
+            reference.step(next(iter(new_loader(row_tokens))), mask_count(MASK_RATE, row_tokens), 0.0)
+        losses[lr] = train_for(reference, new_loader(row_tokens), valid, reference_train, row_tokens, place, curves.setdefault(f"{reference.name} lr {lr:g}", []))
     best = min(losses, key=losses.get)
     curve = curves["kbert"]
     reached = next((seconds for seconds, _, loss in curve if loss <= losses[best]), None)
@@ -264,11 +258,14 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256, help="tokens in the longest document [256]")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side [5]")
     parser.add_argument("--steps", type=int, default=3, help="timed steps in a turn [3]")
+    parser.add_argument("--profile", action="store_true", help="measure our step by kind of kernel")
+    parser.add_argument("--attention", action="store_true", help="measure one layer's attention by two ways, on a GPU")
     parser.add_argument("--loader", action="store_true", help="measure the loader alone")
     parser.add_argument("--train-minutes", type=float, help="instead of timing steps, train each side this many minutes")
     parser.add_argument("--valid-tokens", type=int, default=100_000, help="tokens of text to validate on [100000]")
     parser.add_argument("--reference-lrs", type=float, nargs="+", default=[2.5e-4, 5e-4, 1e-3], help="AdamW's learning rates to try [2.5e-4 5e-4 1e-3]")
     parser.add_argument("--reference-shape", choices=["bucketed", "concatenated"], default="bucketed", help="batches that the reference trains on [bucketed]")
+    parser.add_argument("--reference-row-tokens", type=int, help="tokens in the reference's optimizer step when training [--row-tokens]")
     parser.add_argument("--reference-compile", action="store_true", help="compile the reference when training")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     parser.add_argument("--out", type=Path, help="file to write the JSON object to")
@@ -283,12 +280,16 @@ def main() -> None:
                          sep_token_id=ids["sep"], mask_token_id=ids["mask"], **shape)
     with processes() as place:
         torch.set_float32_matmul_precision("high")
-        def new_loader():
-            return Loader(directory, manifest, "train", arguments.row_tokens, arguments.max_length, seed=1, device=place.device)
+        def new_loader(row_tokens: int = arguments.row_tokens):
+            return Loader(directory, manifest, "train", row_tokens, arguments.max_length, seed=1, device=place.device)
         valid = Loader(directory, manifest, "valid", arguments.row_tokens, arguments.max_length, seed=None, max_tokens=arguments.valid_tokens, device=place.device)
         train = TrainConfig(max_minutes=arguments.train_minutes)
         if arguments.loader:
             result = measure_loader(new_loader())
+        elif arguments.profile:
+            result = profile_step(arguments, config, train, new_loader(), place)
+        elif arguments.attention:
+            result = compare_attention(arguments, config, new_loader(), place)
         elif arguments.train_minutes:
             result = compare_training(arguments, config, train, new_loader, valid, place)
         else:
