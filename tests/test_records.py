@@ -1,0 +1,345 @@
+"""records/: a true record passes, and every forgery is caught, also by a forger who seals the log again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, run_python
+from dataloading import InputError
+from records.leaderboard import BEGIN, END, matches, update
+from records.logs import read_log
+from records.plot import draw
+from records.submit import submit
+from records.verify import check_run, expected_steps, verify
+from test_trainer import TINY
+from trainer import LOG_LINE, log_line, main
+
+DATE_NAMES = ("before", "ours")
+
+
+def sealed(text: str) -> str:
+    """A log with the hash that its lines ask for."""
+    head, tail = text.split("=== result\n")
+    result = json.loads(tail) | {"log_sha256": hashlib.sha256(head.encode()).hexdigest()}
+    return f"{head}=== result\n{json.dumps(result)}\n"
+
+
+def retimed(text: str, seconds_a_step: float, jitter: float) -> str:
+    """The same run on a faster or slower machine, consistent down to the hash."""
+    peak = json.loads(text.split("=== environment\n")[1].split("\n")[0])["peak_flops"]
+    lines = []
+    for line in text.split("\n"):
+        if match := LOG_LINE.match(line):
+            step, flops = int(match["step"]), float(match["flops"])
+            seconds = step * seconds_a_step + (jitter if step else 0)
+            loss = {name: float(match[name]) for name in ("train_loss", "val_loss") if match[name]}
+            line = log_line(step, int(match["steps"]), seconds, int(match["tokens"]), flops, flops / max(seconds, 1e-9) / peak, **loss)
+        elif line.startswith('{"run"'):
+            line = json.dumps(json.loads(line) | {"seconds": json.loads(line)["step"] * seconds_a_step + jitter})
+        lines.append(line)
+    return sealed("\n".join(lines))
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory) -> list[Path]:
+    """Three declared runs of 8 steps. Their times are set, so that no test depends on how busy this machine is."""
+    out = tmp_path_factory.mktemp("declared")
+    for seed in (1, 2, 3):
+        main([*TINY, "--data.dir", str(corpus), "--train.out", str(out), "--train.run_name", f"run-{seed}", "--train.steps", "8", "--train.valid_every", "4",
+              "--train.log_every", "2", "--train.save_every", "0", "--train.seed", str(seed), "--train.declared_runs", "3"])
+    return sorted(out.iterdir())
+
+
+@pytest.fixture(scope="module")
+def archive(runs, tmp_path_factory) -> Path:
+    """A repository's records/ with two true records: the second is the first, twice as fast."""
+    root = tmp_path_factory.mktemp("repository") / "records"
+    root.mkdir()
+    (root / "README.md").write_text("Rules.\n")
+    (root.parent / "README.md").write_text(f"# Title\n{BEGIN}\n{END}\nThe rest.\n")
+    log = read_log(runs[0])
+    worst = max(read_log(run).named("result", "val_loss") for run in runs)
+    (root / "tracks.json").write_text(json.dumps({"tiny": {
+        "title": "for tests", "why": "", "target": {"metric": "val_loss", "value": worst + 0.5}, "min_runs": 3, "max_length": 100,
+        "data": {"hash": log.named("data", "hash"), "tokenizer_sha256": log.named("data", "tokenizer"), "validation": log.named("data", "validation")},
+        "hardware": {"world_size": 1, "threads": log.named("environment", "threads")}}}))
+    for name, seconds in zip(DATE_NAMES, (2.0, 1.0)):
+        folders = []
+        for number, run in enumerate(runs):
+            folders.append(tmp_path_factory.mktemp(f"{name}-{number}"))
+            stripped = read_log(run)
+            text = (run / "log.txt").read_text()
+            timed = retimed(stripped.text, seconds, 0.01 * number).split("\n")
+            # the code goes back where it was
+            code = text[text.index("--- trainer.py") : text.index("=== run")].split("\n")
+            first, last = (next(i for i, line in enumerate(timed) if line.startswith(start)) for start in ("--- trainer.py", "=== run"))
+            (folders[-1] / "log.txt").write_text("\n".join([*timed[:first], *code[:-1], *timed[last:]]))
+        submit(root, folders, {"track": "tiny", "name": name, "date": log.named("environment", "started")[:10], "contributors": ["a", "b"], "what": "A test."})
+    return root
+
+
+@pytest.fixture
+def record(archive, tmp_path) -> Path:
+    """The second record, to be forged, in a copy of the archive."""
+    shutil.copytree(archive, tmp_path / "records")
+    shutil.copy(archive.parent / "README.md", tmp_path)
+    return next((tmp_path / "records" / "tiny").glob("*_ours"))
+
+
+def change(path: Path, edit: Callable[[str], str], seal: bool = True) -> None:
+    before = path.read_text()
+    after = edit(before)
+    assert after != before
+    path.write_text(sealed(after) if seal else after)
+
+
+def change_json(path: Path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def in_section(section: str, name: str, value) -> Callable[[str], str]:
+    """Sets a value, however deep, in a section of JSON."""
+    def edit(text: str) -> str:
+        start = text.index(f"=== {section}\n") + len(f"=== {section}\n")
+        end = text.index("\n", start)
+        said, *keys = json.loads(text[start:end]), *name.split(".")
+        inner = said
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        return text[:start] + json.dumps(said) + text[end:]
+    return edit
+
+
+# --- a true record
+
+
+def test_true_records_pass(archive):
+    for folder in (archive / "tiny").iterdir():
+        assert verify(folder) == []
+    ours = next((archive / "tiny").glob("*_ours"))
+    said = json.loads((ours / "record.json").read_text())
+    assert said["beats"].endswith("_before") and said["measured"]["speedup"] == pytest.approx(2, rel=1e-3) and said["measured"]["n"] == 3
+    assert {path.name for path in (ours / "code").iterdir()} == {"trainer.py", "model.py", "optimizer.py", "dataloading.py"}
+    assert (ours / "code" / "model.py").read_bytes() == (ROOT / "model.py").read_bytes()
+    assert "def " not in (ours / "logs" / "1.txt").read_text() and (ours / "curve.png").stat().st_size > 1000
+    assert sum(path.stat().st_size for path in ours.rglob("*") if path.is_file()) < 300_000
+
+
+def test_commands_say_what_they_found(archive, record):
+    folders = [str(folder) for folder in (archive / "tiny").iterdir()]
+    done = run_python("records/verify.py", *folders)
+    assert done.returncode == 0 and "2 records verified" in done.stdout
+    (record / "logs" / "2.txt").unlink()
+    done = run_python("records/verify.py", str(record))
+    assert done.returncode == 1 and "seeds 1, 3" in done.stdout
+
+
+def test_expected_lines():
+    train = {"log_every": 10, "valid_every": 25, "save_every": 0}
+    assert expected_steps(train, 52) == ({10, 20, 25, 30, 40, 50, 52, 0}, {0, 25, 50, 52})
+    assert expected_steps(train | {"valid_every": 0, "save_every": 15}, 20) == ({10, 15, 20}, {20})
+
+
+# --- forgeries
+
+
+@pytest.mark.parametrize("seal", (True, False), ids=("sealed", "unsealed"))
+@pytest.mark.parametrize("edit,message", (
+    (lambda text: re.sub(r"(step:6/8 .* train_time:)6\d\d\d", r"\g<1>5123", text), "step_avg is not train_time / step"),
+    (lambda text: re.sub(r"(step:6/8 .* mfu:)\d", r"\g<1>9", text), "mfu is not flops"),
+    (lambda text: re.sub(r"step:6/8 .*\n", "", text), "no train_loss after step 6"),
+    (lambda text: re.sub(r"(step:4/8 val_loss.*\n)", r"\1\1", text), "a val_loss too many, after step 4"),
+    (lambda text: re.sub(r"(step:8/8 val_loss:)\d", r"\g<1>0", text), "the last line's val_loss is not that of the result"),
+    (lambda text: re.sub(r"(step:6/8.*)\n(step:8/8.*)\n", r"\2\n\1\n", text), "does not grow"),
+    (in_section("result", "seconds", 1.0), "the last line's seconds"),
+    (in_section("result", "flops", 1.0e9), "do not follow from the configuration"),
+    (in_section("result", "work.masked", 10), "work.masked is 10, outside"),
+    (in_section("config", "model.hidden_size", 128), "do not follow from the configuration"),
+    (in_section("config", "train.steps", 9), "8 steps of the 9 configured"),
+    (in_section("result", "finished", False), "did not finish"),
+    (lambda text: text.replace("=== run\n", "=== resumed\nstep-000004\n=== run\n"), "a resumed run"),
+), ids=range(13))
+def test_an_edited_log(record, edit, message, seal):
+    log = record / "logs" / "2.txt"
+    change(log, edit, seal)
+    problems = verify(record)
+    assert any(message in problem and str(log) in problem for problem in problems), problems
+
+
+def test_an_edited_line_breaks_the_seal(record):
+    change(record / "logs" / "1.txt", lambda text: re.sub(r"(step:4/8 train_loss:\d\.\d\d)", r"\g<1>1", text), seal=False)
+    assert any("log_sha256 does not follow" in problem for problem in verify(record))
+
+
+@pytest.mark.parametrize("section,name,value,message", (
+    ("data", "validation.fingerprint", "0" * 16, "data.validation.fingerprint is '0000000000000000', the track's is"),
+    ("data", "validation.masked_tokens", 7, "data.validation.masked_tokens is 7"),
+    ("data", "hash", "other", "data.hash is 'other'"),
+    ("config", "data.max_length", 512, "config.data.max_length is 512"),
+    ("environment", "device", "a faster one", "a run of this record: device is 'a faster one'"),
+    ("environment", "torch", "9.9", "torch is '9.9'"),
+    ("environment", "world_size", 8, "world_size is 8, the track's is 1"),
+    ("config", "train.muon_lr", 0.5, "other settings than 1.txt: muon_lr"),
+    ("config", "train.declared_runs", 5, "5 runs were declared when it started, 3 in record.json"),
+    ("config", "train.seed", 4, "there are those with seeds 1, 3, 4"),
+))
+def test_one_run_that_differs(record, section, name, value, message):
+    change(record / "logs" / "2.txt", in_section(section, name, value))
+    assert any(message in problem for problem in verify(record))
+
+
+def test_a_log_twice(record):
+    shutil.copy(record / "logs" / "1.txt", record / "logs" / "2.txt")
+    change(record / "logs" / "2.txt", in_section("config", "train.seed", 2))
+    assert any("the same run as 1.txt" in problem for problem in verify(record))
+
+
+def test_a_run_left_out(record):
+    (record / "logs" / "3.txt").unlink()
+    problems = verify(record)
+    assert any("logs/3.txt is not there" in problem for problem in problems) and any("3 runs were declared" in problem for problem in problems)
+
+
+def test_code_changed_after_the_run(record):
+    with open(record / "code" / "optimizer.py", "a") as file:
+        file.write("# faster\n")
+    assert any("not the code that ran: optimizer.py" in problem for problem in verify(record))
+
+
+def test_a_loss_above_target(record):
+    tracks = json.loads((record.parents[1] / "tracks.json").read_text())
+    tracks["tiny"]["target"]["value"] = json.loads((record / "record.json").read_text())["measured"]["val_loss"] - 0.1
+    (record.parents[1] / "tracks.json").write_text(json.dumps(tracks))
+    assert any("does not meet the target" in problem for problem in verify(record))
+
+
+def test_a_mean_below_target_is_not_enough(record):
+    """p >= 0.01: the runs scatter too much for what they claim."""
+    measured = json.loads((record / "record.json").read_text())["measured"]
+    tracks = json.loads((record.parents[1] / "tracks.json").read_text())
+    tracks["tiny"]["target"]["value"] = measured["val_loss"] + 0.1 * measured["val_loss_std"]
+    (record.parents[1] / "tracks.json").write_text(json.dumps(tracks))
+    assert any("does not meet the target" in problem for problem in verify(record))
+    change_json(record / "record.json", systems_only="the same, compiled")
+    assert not any("does not meet the target" in problem for problem in verify(record))
+
+
+def test_numbers_of_record_json_are_recomputed(record):
+    said = json.loads((record / "record.json").read_text())
+    change_json(record / "record.json", measured=said["measured"] | {"seconds": 1.0})
+    assert any("measured.seconds is 1.0, the logs give" in problem for problem in verify(record))
+    change_json(record / "record.json", date="2020-01-01")
+    assert any("the date is 2020-01-01, the last run started" in problem for problem in verify(record))
+
+
+def test_not_faster(record):
+    for number in (1, 2, 3):
+        change(record / "logs" / f"{number}.txt", lambda text: retimed(text, 1.999, 0.01 * number))
+    assert any("not faster than" in problem for problem in verify(record))
+
+
+def test_faster_only_on_a_faster_machine(record):
+    for number in (1, 2, 3):
+        change(record / "logs" / f"{number}.txt", in_section("environment", "machine", "another"))
+    assert any("compared runs are made on one machine" in problem for problem in verify(record))
+    # the record before, run again on that machine, is as fast
+    (record / "paired").mkdir()
+    for number in (1, 2, 3):
+        shutil.copy(record / "logs" / f"{number}.txt", record / "paired" / f"{number}.txt")
+    problems = verify(record)
+    assert any("not faster than" in problem for problem in problems) and not any("one machine" in problem for problem in problems)
+
+
+def test_paired_runs_are_of_the_record_before(record):
+    (record / "paired").mkdir()
+    for number in (1, 2, 3):
+        text = (record / "logs" / f"{number}.txt").read_text()
+        (record / "paired" / f"{number}.txt").write_text(retimed(re.sub(r"(--- model.py sha256:)....", r"\g<1>0000", text), 3.0, 0.01 * number))
+    assert any("not the code of" in problem for problem in verify(record))
+
+
+def test_links_lead_somewhere(record):
+    with open(record / "README.md", "a") as file:
+        file.write("[the other log](logs/9.txt)\n")
+    assert any("README.md:" in problem and "a link to logs/9.txt" in problem for problem in verify(record))
+
+
+def test_what_is_no_log(record, tmp_path):
+    (record / "logs" / "1.txt").write_text("hello\n")
+    assert verify(record) == [f"{record}/logs/1.txt has no line of a run: give a log of trainer.py or finetuner.py"]
+    (record / "logs" / "1.txt").write_text("step:1/2 nonsense\n")
+    assert verify(record) == [f"{record}/logs/1.txt:1: not a line of a log: 'step:1/2 nonsense'"]
+    (record / "record.json").unlink()
+    assert "missing or not JSON" in verify(record)[0]
+
+
+# --- submitting
+
+
+def test_submit_refuses_and_leaves_nothing(archive, runs):
+    said = {"track": "tiny", "name": "again", "date": "2020-01-01", "contributors": ["a"], "what": "Nothing."}
+    before = sorted(archive.rglob("*"))
+    with pytest.raises(InputError, match="this is no record yet:\n.*the date is 2020-01-01"):
+        submit(archive, runs, dict(said))
+    with pytest.raises(InputError, match="not declared"):
+        submit(archive, runs, said | {"track": "other"})
+    with pytest.raises(InputError, match="is not there"):
+        submit(archive, [Path("nowhere")], dict(said))
+    assert sorted(archive.rglob("*")) == before
+
+
+def test_declared_runs_have_their_seeds(corpus, tmp_path):
+    with pytest.raises(InputError, match="their seeds are 1 to 3"):
+        main([*TINY, "--data.dir", str(corpus), "--train.out", str(tmp_path), "--train.seed", "4", "--train.declared_runs", "3"])
+
+
+# --- tables and pictures
+
+
+def test_leaderboard(archive, record):
+    root = record.parents[1]
+    assert len(update(root, check=True)) == 3  # the table and two pictures
+    update(root, check=False)
+    assert update(root, check=True) == []
+    text = (root.parent / "README.md").read_text()
+    assert text.startswith("# Title\n") and text.endswith("The rest.\n") and "| 2 | [ours](records/tiny/" in text and "2.0 times as fast" in text
+    (root.parent / "README.md").write_text(text.replace("| 2 | [ours]", "| 2 | [mine]"))
+    assert update(root, check=True) == [root.parent / "README.md"]
+    (root / "figures" / "tiny.png").write_bytes((root / "figures" / "pareto.png").read_bytes())
+    assert root / "figures" / "tiny.png" in update(root, check=True)
+    assert matches(83.9) == "crammed BERT" and matches(None) == matches(50.0) == "-" and matches(88.0) == "RoBERTa-base"
+
+
+def test_committed_tables_are_fresh():
+    assert run_python("records/leaderboard.py", "--check").returncode == 0
+
+
+def test_plot_draws_any_runs(runs, tmp_path):
+    assert (runs[0] / "curves.png").exists()  # left by the trainer
+    draw(runs, tmp_path / "three.png")
+    assert (tmp_path / "three.png").stat().st_size > 10_000
+    done = run_python("records/plot.py", str(tmp_path))
+    assert done.returncode == 1 and "is not there: give the folder of a run" in done.stderr
+
+
+# --- the baseline leaves a log of the same kind
+
+
+def test_baseline(corpus, tmp_path):
+    shape = TINY[TINY.index("--model.num_hidden_layers") : TINY.index("--train.muon_lr")]
+    done = run_python("records/baseline/modernbert.py", "--shape", "bucketed", "--lr", "1e-3", "--data.dir", str(corpus), "--data.max_length", "100",
+                      "--data.valid_tokens", "1500", "--train.out", str(tmp_path), "--train.run_name", "baseline", "--train.row_tokens", "512",
+                      "--train.steps", "6", "--train.valid_every", "3", "--train.log_every", "2", *shape)
+    assert done.returncode == 0, done.stderr
+    log = read_log(tmp_path / "baseline")
+    assert list(check_run(log)) == []
+    losses = [line.val_loss for line in log.lines if line.val_loss is not None]
+    assert losses[-1] < losses[0] and log.named("data", "validation", "masked_tokens") > 0
