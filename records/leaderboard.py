@@ -104,7 +104,9 @@ def draw_pareto(axis, records: dict[str, list[Record]]) -> None:
     points = [(math.sqrt(low * high), score, name, (low, high)) for name, (low, high, _, score) in PUBLISHED.items()]
     for flops, score, name, (low, high) in points:
         axis.errorbar(flops, score, xerr=[[flops - low], [high - flops]] if high > low else None, fmt="o", color="#2a6fb0", ms=4, lw=1)
-        axis.annotate(name, (flops, score), xytext=(5, 3), textcoords="offset points", fontsize=7)
+        below = name in ("BERT-base", "ModernBERT-base")  # their neighbours' names stand above
+        axis.annotate(name, (flops, score), xytext=(-5, -4) if below else (5, 3), textcoords="offset points", fontsize=7,
+                      ha="right" if below else "left", va="top" if below else "bottom")
     for record in (record for track in records.values() for record in track if record.said["measured"]["mnli_matched"] is not None):
         m = record.said["measured"]
         axis.plot(m["flops"], m["mnli_matched"], "*", color=COLORS[0], ms=10)
