@@ -242,7 +242,7 @@ def build_model(base: Base, kind: str, classes: list[str], seed: int, random: bo
     try:
         return cls.from_pretrained(base.name, config=config, ignore_mismatched_sizes=True, dtype=torch.float32)
     except OSError as error:
-        raise InputError(f"cannot load the weights of {base.name} ({first_line(error)}): give --train.base_model a finished model") from error
+        raise InputError(f"cannot load the weights of {base.name} ({first_line(error.__cause__ or error)}): give --train.base_model a finished model") from error
 
 
 def set_trainable(model: nn.Module, trainable: str) -> None:
@@ -320,7 +320,7 @@ def read_rows(task: Task, data: DataConfig) -> dict:
             try:
                 return dict(load_dataset(name, task.config if name == task.dataset else None))
             except Exception as error:  # whatever the Hub or the network has to say
-                raise MissingData(f"cannot load {name} from the Hugging Face Hub ({first_line(error)}): "
+                raise MissingData(f"cannot load {name} from the Hugging Face Hub ({first_line(error.__cause__ or error)}): "
                                   "give --data.dataset FILE_OR_FOLDER with the same columns") from error
         files = collections.defaultdict(list)
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
@@ -339,7 +339,7 @@ def read_rows(task: Task, data: DataConfig) -> dict:
     except InputError:
         raise
     except Exception as error:  # pyarrow, pandas and datasets each raise their own
-        raise InputError(f"cannot read {path}, or it has no rows ({first_line(error)}): check the file") from error
+        raise InputError(f"cannot read {path}, or it has no rows ({first_line(error.__cause__ or error)}): check the file") from error
 
 
 def choose_columns(task: Task, data: DataConfig, rows: dict) -> list[str]:

@@ -708,6 +708,15 @@ def mask_count(rate: float, row_tokens: int) -> int:
     return max(16, round(rate * row_tokens / 16) * 16)
 
 
+def model_config(specials: dict, max_length: int, values: dict) -> KBERTConfig:
+    """A model for the tokenizer of a manifest. Raises InputError for a shape that cannot be."""
+    try:
+        return KBERTConfig(vocab_size=specials["vocab_size"], max_position_embeddings=max_length, pad_token_id=specials["pad"],
+                           cls_token_id=specials["cls"], sep_token_id=specials["sep"], mask_token_id=specials["mask"], **values)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
 def make_optimizer(model: KBERTForMaskedLM, train: TrainConfig, rank: int, world_size: int) -> Optimizer:
     return Optimizer(model, rank=rank, world_size=world_size, muon_lr=train.muon_lr, muon_weight_decay=train.muon_weight_decay,
                      muon_beta2=train.muon_beta2, embed_lr=train.embed_lr, embed_betas=train.embed_betas, scalar_lr=train.scalar_lr,
@@ -825,11 +834,7 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
     # --- model and optimizer
     torch.manual_seed(train.seed)
     torch.set_float32_matmul_precision("high")
-    try:
-        config = KBERTConfig(vocab_size=specials["vocab_size"], max_position_embeddings=data.max_length, pad_token_id=specials["pad"],
-                             cls_token_id=specials["cls"], sep_token_id=specials["sep"], mask_token_id=specials["mask"], **model_values)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    config = model_config(specials, data.max_length, model_values)
     model = KBERTForMaskedLM(config).to(device)
     model.encoder.compute_dtype = torch.bfloat16
     compiled = train.compile and can_compile(device)

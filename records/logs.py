@@ -70,8 +70,8 @@ def read_log(path: Path) -> Log:
         raise InputError(f"{path} is not there: give the folder of a run, such as logs/RUN")
     text, code = split_code(path.read_text(encoding="utf-8"))
     log = Log(path, text, code)
-    title = None
-    for number, line in enumerate(text.split("\n"), 1):
+    title, lines = None, text.split("\n")
+    for number, line in enumerate(lines, 1):
         if match := re.fullmatch(r"=== (.+)", line):
             title = match[1]
             if title in JSON_SECTIONS and title in log.sections:  # a finetuning that was resumed opens its log again
@@ -79,7 +79,7 @@ def read_log(path: Path) -> Log:
             log.sections.setdefault(title, "")
             log.at[title] = number
             if title == "result":
-                log.digest = hashlib.sha256("\n".join(text.split("\n")[: number - 1] + [""]).encode()).hexdigest()
+                log.digest = hashlib.sha256("\n".join([*lines[: number - 1], ""]).encode()).hexdigest()
         elif header := CODE_HEADER.match(line):
             log.hashes[header["name"]] = header["sha256"]
         elif line.startswith(("step:", "task:")):

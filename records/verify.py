@@ -50,7 +50,7 @@ def expected_steps(train: dict, last: int) -> tuple[set[int], set[int]]:
     """Steps after which a whole log has a training loss, and a validation loss."""
     valid = {step for step in range(0, last + 1) if train["valid_every"] and step % train["valid_every"] == 0} | {last}
     saved = {step for step in range(1, last + 1) if train["save_every"] and step % train["save_every"] == 0}
-    return {step for step in range(1, last + 1) if step % train["log_every"] == 0} | valid | saved - {0}, valid
+    return {step for step in range(1, last + 1) if step % train["log_every"] == 0} | valid | saved, valid
 
 
 def check_seal(log: Log) -> Iterator[str]:

@@ -31,7 +31,7 @@ from dataloading import InputError, Loader, Row, read_manifest  # noqa: E402
 from model import PRESETS, KBERTConfig, KBERTForMaskedLM, attend, flex_mask  # noqa: E402
 from records.baseline.modernbert import Reference  # noqa: E402
 from trainer import (Clock, Place, TrainConfig, Work, can_compile, draw_masks, lr_factor, make_loss, make_optimizer, mask_count,  # noqa: E402
-                     mask_rate, muon_momentum, peak_flops, processes, validate, warm_up)
+                     mask_rate, model_config, muon_momentum, peak_flops, processes, validate, warm_up)
 
 MASK_RATE = 0.30  # of the timed steps: ModernBERT's
 
@@ -275,9 +275,7 @@ def main() -> None:
                                              if (v := getattr(arguments, f)) is not None}}
     directory = Path(arguments.data)
     manifest = read_manifest(directory)
-    ids = manifest["tokenizer"]
-    config = KBERTConfig(vocab_size=ids["vocab_size"], max_position_embeddings=arguments.max_length, pad_token_id=ids["pad"], cls_token_id=ids["cls"],
-                         sep_token_id=ids["sep"], mask_token_id=ids["mask"], **shape)
+    config = model_config(manifest["tokenizer"], arguments.max_length, shape)
     with processes() as place:
         torch.set_float32_matmul_precision("high")
         def new_loader(row_tokens: int = arguments.row_tokens):

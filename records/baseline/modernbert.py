@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from dataloading import InputError, Loader, Row, read_manifest, sha256_of  # noqa: E402
 from model import KBERTConfig  # noqa: E402
 from trainer import (PRESETS, Clock, DataConfig, Place, RunLog, TrainConfig, Work, can_compile, close_log, data_hash, describe_validation,  # noqa: E402
-                     draw_curves, draw_masks, frozen_mask, log_line, lr_factor, mask_count, mask_rate, open_log, parse_flags, peak_flops, processes,
+                     draw_curves, draw_masks, frozen_mask, log_line, lr_factor, mask_count, mask_rate, model_config, open_log, parse_flags, peak_flops, processes,
                      validation_loader)
 
 MODULES = ("trainer.py", "model.py", "dataloading.py", "records/baseline/modernbert.py")
@@ -123,8 +123,7 @@ def train(place: Place, preset: str, data: DataConfig, settings: TrainConfig, mo
     if (run / "log.txt").exists():
         raise InputError(f"{run} holds a run already: choose another --train.run_name")
     ids = manifest["tokenizer"]
-    config = KBERTConfig(vocab_size=ids["vocab_size"], max_position_embeddings=data.max_length, pad_token_id=ids["pad"], cls_token_id=ids["cls"],
-                         sep_token_id=ids["sep"], mask_token_id=ids["mask"], **model_values)
+    config = model_config(ids, data.max_length, model_values)
     row_tokens, compiled = settings.row_tokens or 8192, shape == "concatenated" and can_compile(device)
     torch.set_float32_matmul_precision("high")
     side = Reference(config, settings, data.max_length, device, shape, compiled, lr, settings.seed)
