@@ -52,14 +52,12 @@ class Group:
         self.share = -(-self.rows // world_size)                 # rows of each rank, padding included
         self.state: dict[str, Tensor] = {}                       # name -> [share, ...]
 
-    def _stack(self, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-        stack = torch.zeros(self.share * self.world_size, *self.row, dtype=dtype, device=tensors[0].device)
-        torch.cat([tensor.reshape(-1, *self.row) for tensor in tensors], out=stack[: self.rows])
-        return stack
-
     def reduce(self) -> None:
         """Starts summing gradients over ranks. A parameter that took no part has none: zero."""
-        self.stack = self._stack([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters], torch.float32)
+        gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1, *self.row) for p in self.parameters]
+        stack = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+        padding = self.share * self.world_size - self.rows
+        self.stack = torch.cat([stack, stack.new_zeros(padding, *self.row)]) if padding else stack
         self.pending = None
         if self.world_size > 1:
             self.gradient = self.stack.new_empty(self.share, *self.row)
@@ -134,26 +132,32 @@ class Muon(Group):
         return update * (self.scale * (before / after.clamp_min(1e-20)).sqrt() * second_moment.rsqrt())
 
 
+def adam_update(gradient: Tensor, momentum: Tensor, second_moment: Tensor, unbias: Tensor, beta1: float, beta2: float, eps: float) -> Tensor:
+    """unbias [2]: 1 - beta^step of each moment. A function of tensors alone, to be compiled: eagerly, every operation is a pass through memory."""
+    momentum.lerp_(gradient, 1 - beta1)
+    second_moment.lerp_(gradient.square(), 1 - beta2)
+    return ((momentum / unbias[0]) / ((second_moment / unbias[1]).sqrt() + eps)).bfloat16()
+
+
 class Adam(Group):
-    def __init__(self, name, parameters, rank, world_size, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float):
+    def __init__(self, name, parameters, rank, world_size, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, compiled: bool):
         super().__init__(name, parameters, (), rank, world_size)
         self.lr, self.weight_decay, self.betas, self.eps = lr, weight_decay, betas, eps
+        self.rule = torch.compile(adam_update, dynamic=False) if compiled else adam_update
         zeros = torch.zeros(self.share, device=parameters[0].device)
         self.state = {"momentum": zeros, "second_moment": zeros.clone()}
 
     @torch.no_grad()
     def update(self, step: int) -> Tensor:
-        beta1, beta2 = self.betas
-        momentum = self.state["momentum"].lerp_(self.gradient, 1 - beta1)
-        second_moment = self.state["second_moment"].lerp_(self.gradient.square(), 1 - beta2)
-        return (momentum / (1 - beta1**step)) / ((second_moment / (1 - beta2**step)).sqrt() + self.eps)
+        unbias = torch.tensor([1 - beta**step for beta in self.betas], device=self.gradient.device)
+        return self.rule(self.gradient, self.state["momentum"], self.state["second_moment"], unbias, *self.betas, self.eps)
 
 
 class Optimizer:
     """All groups of a model. Matrices are the 2-d weights of its blocks; the embedding (with the tied head), and the rest, go to Adam."""
 
     def __init__(self, model: nn.Module, *, rank: int, world_size: int, muon_lr: float, muon_weight_decay: float, muon_beta2: float,
-                 embed_lr: float, embed_betas: tuple[float, float], scalar_lr: float, scalar_betas: tuple[float, float], adam_eps: float):
+                 embed_lr: float, embed_betas: tuple[float, float], scalar_lr: float, scalar_betas: tuple[float, float], adam_eps: float, compiled: bool = False):
         embeddings, others, matrices = [], [], {}
         is_embedding = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         stacked = {id(m.weight): getattr(m, "stacked", 1) for m in model.modules() if isinstance(m, nn.Linear)}
@@ -167,7 +171,8 @@ class Optimizer:
                 others.append(p)
         self.muon = [Muon(f"muon.{r}x{c}", group, (r, c), rank, world_size, lr=muon_lr, weight_decay=muon_weight_decay, beta2=muon_beta2)
                      for (r, c), group in sorted(matrices.items())]
-        self.adam = [Adam(f"adam.{name}", group, rank, world_size, lr=lr, weight_decay=0.0, betas=betas, eps=adam_eps)
+        self.adam = [Adam(f"adam.{name}", group, rank, world_size, lr=lr, weight_decay=0.0, betas=betas, eps=adam_eps,
+                          compiled=compiled and name == "embed")
                      for name, group, lr, betas in (("embed", embeddings, embed_lr, embed_betas), ("rest", others, scalar_lr, scalar_betas))
                      if group]
         grouped = [id(p) for group in self.groups for p in group.parameters]

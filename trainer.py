@@ -364,10 +364,11 @@ MODULES = ("trainer.py", "model.py", "optimizer.py", "dataloading.py")
 class RunLog:
     """log.txt, metrics.jsonl and the terminal. Only rank 0 holds one; the others write nothing."""
 
-    def __init__(self, directory: Path, total: Optional[int], initial: int, wandb_run=None):
+    def __init__(self, directory: Path, steps: Optional[int], initial: int, wandb_run=None):
+        self.steps = steps
         self.file = open(directory / "log.txt", "a", encoding="utf-8")
         self.metrics = open(directory / "metrics.jsonl", "a", encoding="utf-8")
-        self.bar = tqdm(total=total, initial=initial, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.bar = tqdm(total=steps, initial=initial, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self.wandb_run = wandb_run
 
     def write(self, text: str, echo: bool = True) -> None:
@@ -380,14 +381,18 @@ class RunLog:
     def section(self, title: str, text: str, echo: bool = False) -> None:
         self.write(f"=== {title}\n{text}", echo)
 
-    def step(self, line: str, values: dict) -> None:
+    def step(self, step: int, seconds: float, tokens: int, flops: float, peak: float, loss: dict[str, float], **more) -> None:
+        """A line of the log: train_loss or val_loss after `step` steps. peak: FLOP/s of all devices; more: for metrics.jsonl alone."""
+        mfu = flops / max(seconds, 1e-9) / peak
+        line = log_line(step, self.steps, seconds, tokens, flops, mfu, **loss)
         assert LOG_LINE.match(line), line
-        self.write(line, echo="val_loss" in line or self.bar.disable)
-        self.metrics.write(json.dumps(values) + "\n")
+        self.write(line, echo="val_loss" in loss or self.bar.disable)
+        values = {**loss, "seconds": seconds, "tokens": tokens, "flops": flops, "mfu": mfu, **more}
+        self.metrics.write(json.dumps({"step": step, **values}) + "\n")
         self.metrics.flush()
-        self.bar.update(values["step"] - self.bar.n)
+        self.bar.update(step - self.bar.n)
         if self.wandb_run is not None:
-            self.wandb_run.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])
+            self.wandb_run.log(values, step=step)
 
 
 def log_line(step: int, steps: Optional[int], seconds: float, tokens: int, flops: float, mfu: float,
@@ -717,8 +722,8 @@ def model_config(specials: dict, max_length: int, values: dict) -> KBERTConfig:
         raise InputError(str(error)) from error
 
 
-def make_optimizer(model: KBERTForMaskedLM, train: TrainConfig, rank: int, world_size: int) -> Optimizer:
-    return Optimizer(model, rank=rank, world_size=world_size, muon_lr=train.muon_lr, muon_weight_decay=train.muon_weight_decay,
+def make_optimizer(model: KBERTForMaskedLM, train: TrainConfig, rank: int, world_size: int, compiled: bool) -> Optimizer:
+    return Optimizer(model, rank=rank, world_size=world_size, compiled=compiled, muon_lr=train.muon_lr, muon_weight_decay=train.muon_weight_decay,
                      muon_beta2=train.muon_beta2, embed_lr=train.embed_lr, embed_betas=train.embed_betas, scalar_lr=train.scalar_lr,
                      scalar_betas=train.scalar_betas, adam_eps=train.adam_eps)
 
@@ -840,7 +845,7 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
     compiled = train.compile and can_compile(device)
     if train.compile and not compiled and place.first:
         print("no C++ compiler found: running eagerly, several times slower (install g++ or clang to compile)")
-    optimizer = make_optimizer(model, train, place.rank, place.world_size)
+    optimizer = make_optimizer(model, train, place.rank, place.world_size, compiled)
     loss_of = make_loss(model, compiled)
 
     # --- compile, measure what fits, and put everything back
@@ -900,7 +905,7 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
     previous_handler = signal.signal(signal.SIGTERM, on_sigterm)
     step, work, clock = state["step"], Work(**state["work"]), Clock(device, state["seconds"])
     loader_state, rows, waited = state["loader"], iter(loader), 0.0
-    unread: list[tuple[torch.Tensor, dict]] = []  # losses still on the device, with what to say of them
+    unread: list[tuple[int, torch.Tensor, dict]] = []  # step, its loss, still on the device, and what to say of it
     val_loss = None
 
     def save(push: bool) -> None:
@@ -919,23 +924,20 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
 
         place.on_first(write)
 
-    def write_line(loss: dict[str, float], more: dict) -> None:
-        flops = work.training_flops(config)
-        mfu = flops / max(clock.seconds, 1e-9) / peak
-        log.step(log_line(step, steps, clock.seconds, work.tokens, flops, mfu, **loss),
-                 {"step": step, **loss, "seconds": clock.seconds, "tokens": work.tokens, "flops": flops, "mfu": mfu, **more})
+    def write_line(loss: dict[str, float], **more) -> None:
+        log.step(step, clock.seconds, work.tokens, work.training_flops(config), peak, loss, **more)
 
     def write_losses() -> None:
         """Fetches the losses since the last line, stops at one that is not finite, writes the last."""
         if not unread:
             return
-        losses = place.sum(*torch.stack([loss for loss, _ in unread]).tolist())
-        for loss, (_, said) in zip(losses, unread):
+        losses = place.sum(*torch.stack([loss for _, loss, _ in unread]).tolist())
+        for loss, (at, _, said) in zip(losses, unread):
             if not math.isfinite(loss):
-                raise InputError(f"the loss of step {said['step']} is {loss}, at learning-rate factor {said['lr_factor']:.4g} (muon {train.muon_lr * said['lr_factor']:.4g}, "
+                raise InputError(f"the loss of step {at} is {loss}, at learning-rate factor {said['lr_factor']:.4g} (muon {train.muon_lr * said['lr_factor']:.4g}, "
                                  f"embedding {train.embed_lr * said['lr_factor']:.4g}), rows {said['rows']}: no checkpoint was overwritten; lower the rates and use --train.resume auto")
         if place.first:
-            write_line({"train_loss": losses[-1]}, {**unread[-1][1], "data_wait_seconds": waited})
+            write_line({"train_loss": losses[-1]}, **unread[-1][2], data_wait_seconds=waited)
         unread.clear()
 
     while True:
@@ -954,7 +956,7 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
         if done or (train.valid_every and step % train.valid_every == 0 and not stop):
             val_loss = validate(loss_of, valid_loader, config.mask_token_id, window, data.max_length, place)
             if place.first:
-                write_line({"val_loss": val_loss}, {})
+                write_line({"val_loss": val_loss})
         if stop or (train.save_every and step and step % train.save_every == 0 and step != state["step"]):
             save(push=bool(train.save_every) and not stop)
         if done or stop:
@@ -979,7 +981,7 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
         step += 1
         loader_state = batch[-1].state
         work.add(np.concatenate([row.round_lengths for row in batch]), masked_tokens, window)
-        unread.append((loss, {"step": step, "lr_factor": factor, "mask_rate": count / row_tokens, "window": window,
+        unread.append((step, loss, {"lr_factor": factor, "mask_rate": count / row_tokens, "window": window,
                               "batch_tokens": accum * place.world_size * row_tokens, "rows": [row.index for row in batch]}))
         if step % train.log_every == 0:
             if device.type == "cuda":

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from dataloading import InputError, Loader, Row, read_manifest, sha256_of  # noqa: E402
 from model import KBERTConfig  # noqa: E402
 from trainer import (PRESETS, Clock, DataConfig, Place, RunLog, TrainConfig, Work, can_compile, close_log, data_hash, describe_validation,  # noqa: E402
-                     draw_curves, draw_masks, frozen_mask, log_line, lr_factor, mask_count, mask_rate, model_config, open_log, parse_flags, peak_flops, processes,
+                     draw_curves, draw_masks, frozen_mask, lr_factor, mask_count, mask_rate, model_config, open_log, parse_flags, peak_flops, processes,
                      validation_loader)
 
 MODULES = ("trainer.py", "model.py", "dataloading.py", "records/baseline/modernbert.py")
@@ -56,7 +56,7 @@ class Reference:
         decayed = [p for p in self.model.parameters() if p.ndim == 2]
         others = [p for p in self.model.parameters() if p.ndim != 2]
         self.optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
-                                           lr=lr, betas=(0.9, 0.98), eps=1e-6)
+                                           lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
     def batches(self, row: Row, input_ids: torch.Tensor, labels: torch.Tensor, shape: str):
         """input_ids, attention_mask, labels [B, S] each."""
@@ -153,10 +153,7 @@ def train(place: Place, preset: str, data: DataConfig, settings: TrainConfig, mo
     clock, work, step, rows = Clock(device, 0.0), Work(), 0, iter(new_loader())
 
     def write_line(**loss: float) -> None:
-        flops = work.training_flops(config, whole_last_layer=True)
-        mfu = flops / max(clock.seconds, 1e-9) / peak
-        log.step(log_line(step, steps, clock.seconds, work.tokens, flops, mfu, **loss),
-                 {"step": step, **loss, "seconds": clock.seconds, "tokens": work.tokens, "flops": flops, "mfu": mfu})
+        log.step(step, clock.seconds, work.tokens, work.training_flops(config, whole_last_layer=True), peak, loss)
 
     while True:
         progress = min(1.0, clock.now() / (60 * settings.max_minutes) if settings.max_minutes is not None else step / settings.steps)
