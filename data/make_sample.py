@@ -4,8 +4,8 @@ packages this project requires, a tokenizer trained on it, and a labelled pair t
     python data/make_sample.py
     python data/make_sample.py --vocab_size 16384 --out data/sample_16k
 
-Beside shards and manifest lies pairs/{train,validation,test}.jsonl: does this description (`text`) belong to this summary
-(`text_pair`)? Label 1: both are of one documentation string; label 0: the summary is a neighbour's, of the same package.
+Beside shards and manifest lies pairs/{train,validation,test}.jsonl: does this description (`text_pair`) belong to this summary
+(`text`)? Label 1: both are of one documentation string; label 0: the description is of another package's.
 Every summary and every description is used once, so that none gives its label away by turning up twice.
 The same environment gives the same bytes.
 """
@@ -25,7 +25,6 @@ import sys
 import sysconfig
 import tempfile
 import warnings
-from collections import defaultdict
 from importlib import metadata
 from pathlib import Path
 
@@ -42,7 +41,7 @@ SPLIT_FRACTIONS = (0.05, 0.05)  # a small corpus: 1% would be too little to tell
 PAIR_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 PROSE = re.compile(r"[A-Z][^\n]*(?:\n[A-Za-z][^\n]*)*\Z")  # starts like a sentence, no line indented or a list item
 SECTION = re.compile(r"(?:^|\n)(?:[-=~^]{3,}|\S.{0,40}:$|:\w+|\.\. |@\w+)", re.MULTILINE)
-CODE_WORD = re.compile(r"\w*(?:[a-z][A-Z]|[A-Z]{2}|_|\d)\w*|`[^`]+`")
+LONGEST_DESCRIPTION = 240  # characters of a pair's second text: short examples, so that a laptop sees thousands in a minute
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,8 +74,8 @@ def source_files(package: str) -> list[str]:
     return [str(path) for relative, path in sorted(paths) if not unwanted & set(relative.parts)]
 
 
-def read_docstrings(path: str) -> list[tuple[str, str]]:
-    """(name, text) of each documentation string in a file, in order, without its code examples."""
+def read_docstrings(path: str) -> list[str]:
+    """The documentation strings in a file, in order, without their code examples."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other people's invalid escapes
@@ -91,19 +90,19 @@ def read_docstrings(path: str) -> list[tuple[str, str]]:
             paragraphs = [part.rstrip() for part in re.split(r"\n\s*\n", text) if ">>>" not in part and "```" not in part]
             text = "\n\n".join(paragraphs)
             if len(text) >= MIN_CHARACTERS and sum(map(str.isalpha, text)) >= 0.6 * len(text):
-                docstrings.append((getattr(node, "name", Path(path).stem), text))
+                docstrings.append(text)
     return docstrings
 
 
-def read_documents(packages: list[str]) -> list[tuple[str, str, str]]:
-    """(package, name, text), no paragraph of more than a few words twice, names and numbers in it disregarded."""
+def read_documents(packages: list[str]) -> list[tuple[str, str]]:
+    """(package, text), no paragraph of more than a few words twice, names and numbers in it disregarded."""
     files = [(package, path) for package in packages for path in source_files(package)]
     documents, seen = [], set()
     # spawn: the caller may hold threads and locks that a fork would copy; gc: a syntax tree is many objects and no cycles
     with multiprocessing.get_context("spawn").Pool(initializer=gc.disable) as pool:
         read = pool.imap(read_docstrings, [path for _, path in files], chunksize=32)
         for (package, _), docstrings in zip(files, tqdm(read, total=len(files), unit="file", desc="reading")):
-            for name, text in docstrings:
+            for text in docstrings:
                 new = []
                 for paragraph in text.split("\n\n"):
                     words = " ".join(re.findall(r"\b[a-z]+\b", paragraph))
@@ -113,7 +112,7 @@ def read_documents(packages: list[str]) -> list[tuple[str, str, str]]:
                         seen.add(key)
                 text = "\n\n".join(new)
                 if len(text) >= MIN_CHARACTERS:
-                    documents.append((package, name, text))
+                    documents.append((package, text))
     return documents
 
 
@@ -121,55 +120,39 @@ def read_documents(packages: list[str]) -> list[tuple[str, str, str]]:
 # Pairs
 
 
-def find_pair(name: str, text: str) -> tuple[str, str] | None:
-    """(description, summary) if a text begins with a sentence and more prose, and the two share no name of the code."""
+def find_pair(text: str) -> tuple[str, str] | None:
+    """(summary, description) if a text begins with a sentence and more prose."""
     prose = []
     for paragraph in text.split("\n\n"):
-        if not PROSE.match(paragraph) or SECTION.search(paragraph) or sum(map(len, prose)) > 500:
+        if not PROSE.match(paragraph) or SECTION.search(paragraph):
             break
         prose.append(" ".join(paragraph.split()))
     if not prose:
         return None
     summary, *more = re.split(r"(?<=[.!?])\s+(?=[A-Z])", prose[0], maxsplit=1)
-    description = " ".join(more + prose[1:])
-    if not 20 <= len(summary) <= 150 or not 60 <= len(description) <= 1000:
-        return None
-    both = words_of(summary) & words_of(description)
-    return None if name.lower() in both or shared_names(description, summary) else (description, summary)
+    description = " ".join(more + prose[1:])[:LONGEST_DESCRIPTION].rsplit(" ", 1)[0]
+    return (summary, description) if 20 <= len(summary) <= 150 and len(description) >= 50 else None
 
 
-def words_of(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower()))
-
-
-def shared_names(description: str, summary: str) -> set[str]:
-    in_description, in_summary = ({name.strip("`") for name in CODE_WORD.findall(text)} for text in (description, summary))
-    return in_description & in_summary
-
-
-def make_pairs(documents: list[tuple[str, str, str]]) -> dict[str, list[dict]]:
-    groups, used = defaultdict(list), set()
-    for package, name, text in documents:
-        pair = find_pair(name, text)
+def make_pairs(documents: list[tuple[str, str]]) -> dict[str, list[dict]]:
+    groups, used = {split: [] for split in SPLITS}, set()
+    for package, text in documents:
+        pair = find_pair(text)
         if pair and not used & {part.lower() for part in pair}:
             used |= {part.lower() for part in pair}
-            groups[split_of(text, *SPLIT_FRACTIONS), package].append(pair)
-    pairs = {split: [] for split in SPLITS}
-    for (split, _), group in groups.items():
-        # Half of a package's pairs stay as they are. In the other half each description gets its successor's summary: mostly
-        # of the same module, and what it says, how long it is and which package it is of say nothing about the label.
-        drawn = set(sorted(group, key=lambda pair: digest_of(pair[0]))[::2])
-        chosen = [pair for pair in group if pair in drawn]
-        kept = [(*pair, 1) for pair in group if pair not in drawn]
-        swapped = []
-        for (description, own), (_, other) in zip(chosen, chosen[1:] + chosen[:1]):
-            common, all_words = words_of(own) & words_of(other), words_of(own) | words_of(other)
-            if len(common) < 0.5 * len(all_words) and not shared_names(description, other):
-                swapped.append((description, other, 0))
+            groups[split_of(text, *SPLIT_FRACTIONS)].append((package, *pair))
+    pairs = {}
+    for split, group in groups.items():
+        # Half stay as they are. In the other half each summary gets its successor's description: of packages in equal shares, and of
+        # equal lengths, so that neither text tells the label by itself.
+        group.sort(key=lambda pair: digest_of(pair[1]))
+        chosen, kept = group[::2], group[1::2]
+        swapped = [(summary, other) for (package, summary, _), (theirs, _, other) in zip(chosen, chosen[1:] + chosen[:1]) if package != theirs]
         number = min(len(kept), len(swapped))
-        pairs[split] += kept[:number] + swapped[:number]
-    return {split: [{"text": text, "text_pair": text_pair, "label": label, "idx": idx} for idx, (text, text_pair, label)
-                    in enumerate(sorted(rows, key=lambda row: digest_of(row[0])))] for split, rows in pairs.items()}
+        rows = [(*pair, 1) for _, *pair in kept[:number]] + [(*pair, 0) for pair in swapped[:number]]
+        pairs[split] = [{"text": text, "text_pair": text_pair, "label": label, "idx": idx}
+                        for idx, (text, text_pair, label) in enumerate(sorted(rows, key=lambda row: digest_of(row[0])))]
+    return pairs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,7 +170,7 @@ def make_sample(out: Path, vocab_size: int = 8192, packages: list[str] | None = 
         for split, rows in make_pairs(documents).items():
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (build / "pairs" / f"{PAIR_SPLITS[split]}.jsonl").write_text(lines, encoding="utf-8")
-        texts = sorted((text for _, _, text in documents), key=digest_of)  # so that packages mix
+        texts = sorted((text for _, text in documents), key=digest_of)  # so that packages mix
         splits = [split_of(text, *SPLIT_FRACTIONS) for text in texts]
         print(f"training a tokenizer of {vocab_size:,} entries on {sum(map(len, texts)):,} characters", flush=True)
         trained = Path(directory) / f"documentation-{vocab_size}"

@@ -193,8 +193,8 @@ def paired_logs(record: Record, before: Optional[Record]) -> Optional[list[Log]]
     return (record.paired or before.logs) if before else None
 
 
-def check_together(logs: Sequence[Log], what: str) -> Iterator[str]:
-    """Runs that are to be averaged: one code, one configuration, one kind of machine, and no run twice."""
+def check_together(logs: Sequence[Log], what: str, free: Sequence[str] = FREE_BETWEEN_RUNS) -> Iterator[str]:
+    """Runs that are to be averaged: one code, one configuration but for `free`, one kind of machine, and no run twice."""
     first = logs[0]
     for log in logs[1:]:
         if log.hashes != first.hashes:
@@ -203,8 +203,8 @@ def check_together(logs: Sequence[Log], what: str) -> Iterator[str]:
             if log.named("environment").get(name) != first.named("environment").get(name):
                 yield f"{log.path}:{log.at['environment']}: {what}: {name} is {log.named('environment').get(name)!r}, in {first.path.name} {first.named('environment').get(name)!r}"
         for group in ("data", "train", "model"):
-            ours, theirs = log.named("config", group), first.named("config", group)
-            different = [name for name in {**ours, **theirs} if name not in FREE_BETWEEN_RUNS and ours.get(name) != theirs.get(name)]
+            ours, theirs = log.named("config").get(group, {}), first.named("config").get(group, {})
+            different = [name for name in {**ours, **theirs} if name not in free and ours.get(name) != theirs.get(name)]
             if different:
                 yield f"{log.path}:{log.at['config']}: {what}: other settings than {first.path.name}: {', '.join(different)}"
     seen: dict[tuple, Log] = {}
@@ -215,25 +215,9 @@ def check_together(logs: Sequence[Log], what: str) -> Iterator[str]:
         seen.setdefault(losses, log)
 
 
-def check_record(record: Record, tracks: dict[str, dict], before: Optional[Record]) -> Iterator[str]:
-    """before: the track's record up to then, if there was one."""
+def check_files(record: Record) -> Iterator[str]:
+    """Logs, code and links: those that are named, no others."""
     at, said = record.path / "record.json", record.said
-    track = tracks.get(said["track"])
-    if track is None or record.path.parent.name != said["track"]:
-        yield f"{at}: track {said['track']!r} is not declared in tracks.json, or not the folder's"
-        return
-    if track["target"] is None or track["data"]["hash"] is None:
-        yield f"{at}: track {said['track']} is not open yet: {track['why']}"
-        return
-    if not record.logs:
-        yield f"{record.path / 'logs'}: no logs"
-        return
-
-    started = max(str(log.named("environment", "started")) for log in record.logs)
-    if said["date"] != started[:10]:
-        yield f"{at}: the date is {said['date']}, the last run started {started}"
-
-    # --- files: those that are named, no others
     for name in said.get("logs", []):
         if not (record.path / name).exists():
             yield f"{at}: {name} is not there"
@@ -252,12 +236,15 @@ def check_record(record: Record, tracks: dict[str, dict], before: Optional[Recor
         different = sorted(name for name in code | record.logs[0].hashes if code.get(name) != record.logs[0].hashes.get(name))
         yield f"{record.path / 'code'}: not the code that ran: {', '.join(different)}"
 
-    # --- the runs
+
+def check_declared(record: Record, track: dict) -> Iterator[str]:
+    """As many runs as were declared before the first, dated when they ran."""
+    at, said = record.path / "record.json", record.said
+    started = max(str(log.named("environment", "started")) for log in record.logs)
+    if said["date"] != started[:10]:
+        yield f"{at}: the date is {said['date']}, the last run started {started}"
     for log in record.logs:
-        yield from check_run(log)
-    yield from check_together(record.logs, "a run of this record")
-    for log in record.logs:
-        declared, seed = log.named("config", "train", "declared_runs"), log.named("config", "train", "seed")
+        declared = log.named("config", "train", "declared_runs")
         if declared != said["declared_runs"]:
             yield f"{log.path}:{log.at['config']}: {declared} runs were declared when it started, {said['declared_runs']} in record.json"
     seeds = sorted(log.named("config", "train", "seed") for log in record.logs)
@@ -266,31 +253,50 @@ def check_record(record: Record, tracks: dict[str, dict], before: Optional[Recor
     if len(seeds) < track["min_runs"]:
         yield f"{record.path / 'logs'}: {len(seeds)} runs; the track asks for {track['min_runs']}"
 
-    # --- the track's data, validation and hardware
-    for log in record.logs:
-        expected = {("data", "hash"): track["data"]["hash"], ("data", "tokenizer"): track["data"]["tokenizer_sha256"],
-                    ("config", "data", "max_length"): track["max_length"],
-                    **{("data", "validation", name): track["data"]["validation"][name] for name in ("tokens", "masked_tokens", "fingerprint")}}
-        for keys, value in expected.items():
-            if log.named(*keys) != value:
-                yield f"{log.path}:{log.at[keys[0]]}: {'.'.join(keys)} is {log.named(*keys)!r}, the track's is {value!r}"
-        for name, value in track["hardware"].items():
-            found = log.named("environment").get(name)
-            if found != value and not (name == "device" and isinstance(found, str) and value in found):
-                yield f"{log.path}:{log.at['environment']}: {name} is {found!r}, the track's is {value!r}"
 
-    # --- finetunings are of these runs
-    models = {log.named("result", "model_sha256") for log in record.logs}
-    for log in record.finetuned:
-        if log.named("data", "base_sha256") not in models:
+def check_track(log: Log, track: dict) -> Iterator[str]:
+    """The track's data, validation and hardware."""
+    expected = {("data", "hash"): track["data"]["hash"], ("data", "tokenizer"): track["data"]["tokenizer_sha256"],
+                ("config", "data", "max_length"): track["max_length"],
+                **{("data", "validation", name): track["data"]["validation"][name] for name in ("tokens", "masked_tokens", "fingerprint")}}
+    for keys, value in expected.items():
+        if log.named(*keys) != value:
+            yield f"{log.path}:{log.at[keys[0]]}: {'.'.join(keys)} is {log.named(*keys)!r}, the track's is {value!r}"
+    for name, value in track["hardware"].items():
+        found = log.named("environment").get(name)
+        if found != value and not (name == "device" and isinstance(found, str) and value in found):
+            yield f"{log.path}:{log.at['environment']}: {name} is {found!r}, the track's is {value!r}"
+
+
+def check_finetuned(record: Record, track: dict) -> Iterator[str]:
+    """Finetunings are of these runs' models, one of each, by the track's protocol, judged by the whole of MNLI's dev-matched."""
+    models = [log.named("result", "model_sha256") for log in record.logs]
+    started_from = [log.named("data", "base_sha256") for log in record.finetuned]
+    if record.finetuned and "finetuning" not in track:
+        yield f"{record.path / 'finetuned'}: the track takes no finetunings"
+        return
+    if track["target"]["metric"] != "val_loss" or record.finetuned:
+        for log, model in zip(record.logs, models):
+            if started_from.count(model) != 1:
+                yield f"{log.path}: {started_from.count(model)} MNLI finetunings of this run: give one of each (--finetuned)"
+    for log, base in zip(record.finetuned, started_from):
+        if base not in models:
             yield f"{log.path}:{log.at['data']}: it started from another model than these runs'"
         yield from check_seal(log)
+        if log.named("config", "protocol") != track["finetuning"]["protocol"]:
+            yield f"{log.path}:{log.at['config']}: the protocol is {log.named('config', 'protocol')}, the track's is {track['finetuning']['protocol']}"
+        if (judged_by := log.named("result", "splits", "mnli", "validation_matched")) != track["finetuning"]["validation_matched"]:
+            yield f"{log.path}:{log.at['result']}: validation_matched is {judged_by}, the track's is {track['finetuning']['validation_matched']}"
         last = {line.run: line.dev_score for line in log.lines if line.dev_score is not None}
-        if last and abs(100 * statistics.median(last.values()) - mnli_scores(log)["matched"]) > 0.006:
+        if abs(100 * statistics.median(last.values()) - mnli_scores(log)["matched"]) > 0.006:
             yield f"{log.path}:{log.at['result']}: the result is not the median of the runs' last dev_score"
+    if record.finetuned:
+        yield from check_together(record.finetuned, "a finetuning of this record", (*FREE_BETWEEN_RUNS, "base_model"))
 
-    # --- the claim: target met, and faster than the record before on one machine
-    logs_before = paired_logs(record, before)
+
+def check_claim(record: Record, track: dict, before: Optional[Record]) -> Iterator[str]:
+    """Target met, and faster than the record before on one machine; record.json says what the logs give."""
+    at, said, logs_before = record.path / "record.json", record.said, paired_logs(record, before)
     measured = measure(record, track["target"], logs_before)
     for name in {**measured, **said["measured"]}:
         ours, theirs = measured.get(name), said["measured"].get(name)
@@ -303,24 +309,46 @@ def check_record(record: Record, tracks: dict[str, dict], before: Optional[Recor
             yield f"{at}: systems_only needs a record before it, and a mean loss that meets the target"
     elif p is None or not p < SIGNIFICANCE:
         yield f"{at}: {track['target']['metric']} does not meet the target {track['target']['value']} (p = {p}, asked for: below {SIGNIFICANCE})"
-    if before:
-        if said.get("beats") != before.path.name:
-            yield f"{at}: beats is {said.get('beats')!r}; the record before is {before.path.name}"
-        yield from check_together(logs_before, "a run of the record before")
-        for log in record.paired:
+    if before is None:
+        return
+    if said.get("beats") != before.path.name:
+        yield f"{at}: beats is {said.get('beats')!r}; the record before is {before.path.name}"
+    yield from check_together(logs_before, "a run of the record before")
+    for log in record.paired:
+        yield from check_run(log)
+    if record.paired and logs_before[0].hashes != before.logs[0].hashes:
+        yield f"{logs_before[0].path}: not the code of {before.path.name}"
+    here = record.logs[0].named("environment")
+    for log in [*logs_before, *record.logs]:
+        there = log.named("environment")
+        for name in (*SAME_EVERYWHERE, "machine"):
+            if there.get(name) != here.get(name):
+                yield f"{log.path}:{log.at['environment']}: {name} is {there.get(name)!r}, not {here.get(name)!r}: compared runs are made on one machine (paired/)"
+    if len(logs_before) < track["min_runs"]:
+        yield f"{record.path}: {len(logs_before)} runs of the record before; the track asks for {track['min_runs']}"
+    elif not measured["p_faster"] < SIGNIFICANCE:
+        yield f"{at}: not faster than {before.path.name} ({measured['speedup']:.3f} times, p = {measured['p_faster']:.4f}, asked for: below {SIGNIFICANCE})"
+
+
+def check_record(record: Record, tracks: dict[str, dict], before: Optional[Record]) -> Iterator[str]:
+    """before: the track's record up to then, if there was one."""
+    at, name = record.path / "record.json", record.said["track"]
+    track = tracks.get(name)
+    if track is None or record.path.parent.name != name:
+        yield f"{at}: track {name!r} is not declared in tracks.json, or not the folder's"
+    elif track["target"] is None or track["data"]["hash"] is None:
+        yield f"{at}: track {name} is not open yet: {track['why']}"
+    elif not record.logs:
+        yield f"{record.path / 'logs'}: no logs"
+    else:
+        yield from check_files(record)
+        yield from check_declared(record, track)
+        for log in record.logs:
             yield from check_run(log)
-        if record.paired and logs_before[0].hashes != before.logs[0].hashes:
-            yield f"{logs_before[0].path}: not the code of {before.path.name}"
-        here = record.logs[0].named("environment")
-        for log in [*logs_before, *record.logs]:
-            there = log.named("environment")
-            for name in (*SAME_EVERYWHERE, "machine"):
-                if there.get(name) != here.get(name):
-                    yield f"{log.path}:{log.at['environment']}: {name} is {there.get(name)!r}, not {here.get(name)!r}: compared runs are made on one machine (paired/)"
-        if len(logs_before) < track["min_runs"]:
-            yield f"{record.path}: {len(logs_before)} runs of the record before; the track asks for {track['min_runs']}"
-        elif not measured["p_faster"] < SIGNIFICANCE:
-            yield f"{at}: not faster than {before.path.name} ({measured['speedup']:.3f} times, p = {measured['p_faster']:.4f}, asked for: below {SIGNIFICANCE})"
+            yield from check_track(log, track)
+        yield from check_together(record.logs, "a run of this record")
+        yield from check_finetuned(record, track)
+        yield from check_claim(record, track, before)
 
 
 def verify(path: Path) -> list[str]:

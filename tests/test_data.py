@@ -294,7 +294,7 @@ def sample(tmp_path_factory) -> Path:
     from data.make_sample import make_sample
 
     out = tmp_path_factory.mktemp("sample") / "sample"
-    make_sample(out, vocab_size=1024, packages=["networkx"])
+    make_sample(out, vocab_size=1024, packages=["networkx", "huggingface-hub"])
     return out
 
 
@@ -307,7 +307,7 @@ def pairs_of(directory: Path) -> dict[str, list[dict]]:
 def test_sample_is_deterministic(tmp_path, sample):
     from data.make_sample import make_sample
 
-    make_sample(tmp_path / "sample", vocab_size=1024, packages=["networkx"])
+    make_sample(tmp_path / "sample", vocab_size=1024, packages=["networkx", "huggingface-hub"])
     first, second = ({path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
                      for directory in (sample, tmp_path / "sample"))
     assert first == second

@@ -12,12 +12,13 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM,
-                          PreTrainedTokenizerFast, pipeline)
+                          ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast, pipeline)
 
 import finetuner
 from conftest import ROOT, run_python
 from dataloading import InputError, sha256_of, write_manifest, write_shard
 from finetuner import TASKS, FinetuneConfig, Network
+from hub_stand_in import Hub
 from model import KBERTConfig, KBERTForMaskedLM
 
 WORDS = "good bad the a film was story and plot with people who saw it then they went home by train or bus in rain sun snow wind".split()
@@ -233,8 +234,17 @@ def test_candidates_obey_order_length_and_context():
     assert found[0] == (pytest.approx(9.0), 0, 3) and found[1] == (pytest.approx(7.0), 0, 7)
     assert all(0 <= first < end and end - first <= 7 for _, first, end in found)
     spans = finetuner.Spans(np.array([0]), offsets, ["who saw it"], [["who"]])
-    texts, difference = finetuner.best_answers([(null, found)], spans)
-    assert texts == ["who"] and difference[0] == pytest.approx(-6.0)
+    ranked, difference = finetuner.best_answers([(null, found)], spans)
+    assert [answer["text"] for answer in ranked[0][:2]] == ["who", "who saw"] and difference[0] == pytest.approx(-6.0)
+
+
+def test_windows_share_one_list_of_answers():
+    offsets = np.array([[0, 3], [4, 7], [0, 3]])
+    spans = finetuner.Spans(np.array([0, 0, 1]), offsets, ["who saw it", "unread"], [["who"], []])
+    ranked, difference = finetuner.best_answers([(3.0, [(5.0, 0, 3)]), (1.0, [(7.0, 4, 7), (6.0, 0, 3)]), (2.0, [])], spans)
+    assert ranked[0] == [{"text": "saw", "score": 7.0}, {"text": "who", "score": 6.0}]           # each text once, at its best score
+    assert difference[0] == pytest.approx(1.0 - 7.0)                                             # the lowest of the windows' null scores
+    assert ranked[1][0]["text"] == "" and difference[1] == math.inf                               # no span at all: no answer
 
 
 def test_windows_cover_the_context(base):
@@ -270,6 +280,8 @@ def test_squad_v2_from_end_to_end(base, tmp_path):
     assert {"f1", "exact_match", "null_threshold"} <= set(report["model"]["metrics"]["validation"])
     answers = json.loads((run / "predictions" / "validation.json").read_text())
     assert set(answers) == {f"q{i}" for i in range(12)}
+    ranked = json.loads((run / "predictions" / "validation_nbest.json").read_text())
+    assert all(answers[name] in ("", ranked[name][0]["text"]) and len(ranked[name]) <= finetuner.N_BEST for name in answers)
     AutoModelForQuestionAnswering.from_pretrained(run / "model", trust_remote_code=True)
 
 
@@ -338,7 +350,7 @@ def test_a_float_label_makes_a_regression_and_a_tenth_of_train_is_held_out(base,
     (tmp_path / "stars.csv").write_text("review,stars\n" + "".join(f"{row['text']},{row['label'] + 0.5}\n" for row in make_rows(60, 1)))
     run = go(base, tmp_path, "--data.dataset", str(tmp_path / "stars.csv"), "--data.text", "review", "--data.label", "stars")
     report = json.loads((run / "metrics.json").read_text())
-    assert report["kind"] == "number" and report["examples"] == {"train": 54, "validation": 6} and "held out" in report["notes"][0]
+    assert report["kind"] == "number" and {name: split["examples"] for name, split in report["splits"].items()} == {"train": 54, "validation": 6} and "held out" in report["notes"][0]
     assert set(report["results"]["pretrained"]["validation"]) == {"pearson", "spearman"}
     assert AutoModelForSequenceClassification.from_pretrained(run / "model", trust_remote_code=True).config.num_labels == 1
 
@@ -393,7 +405,7 @@ def test_predictions_are_named_as_the_server_wants(tmp_path):
     assert write("cola", "test", [1, 0], list(TASKS["cola"].classes))[1:] == ["0\t1", "1\t0"]
     assert write("stsb", "test", [5.2, 3.14159], ["score"])[1:] == ["0\t5.000", "1\t3.142"]
     names = {name for task in finetuner.GLUE for name in TASKS[task].files.values()}
-    assert names == {"MNLI-m", "MNLI-mm", "QQP", "QNLI", "SST-2", "CoLA", "STS-B", "MRPC", "RTE"}
+    assert names == {"MNLI-m", "MNLI-mm", "AX", "QQP", "QNLI", "SST-2", "CoLA", "STS-B", "MRPC", "RTE"}
 
 
 @pytest.mark.parametrize("trainable, layers", [("classifier", []), ("last_2", [2, 3]), ("last_3", [1, 2, 3]), ("all", [0, 1, 2, 3])])
@@ -461,13 +473,48 @@ def test_glue_runs_what_is_there_and_hands_mnli_over(base, tmp_path, capsys):
         finetuner.mnli_model(tmp_path, "somebody/else")
 
 
-def test_other_encoders_are_measured_the_same_way(films, tmp_path):
+def test_from_hub_to_hub(base, tmp_path):
+    """Base model and MNLI come from the Hub, the finetuned model goes there, with the answers to all three test sets on disk."""
+    def rows(number: int, seed: int, labelled: bool = True) -> list[dict]:
+        return [{"premise": row["text"], "hypothesis": row["text_pair"], "label": i % 3 if labelled else -1, "idx": i} for i, row in enumerate(make_rows(number, seed))]
+
+    def parquet(split: str, table: list[dict]) -> bytes:
+        Dataset.from_list(table).to_parquet(tmp_path / f"{split}.parquet")
+        return (tmp_path / f"{split}.parquet").read_bytes()
+
+    mnli = {"train": rows(32, 1), "validation_matched": rows(9, 2), "validation_mismatched": rows(9, 3), "test_matched": rows(7, 4, False),
+            "test_mismatched": rows(7, 5, False)}
+    configs = {"mnli": {split: f"mnli/{split}.parquet" for split in mnli}, "ax": {"test": "ax/test.parquet"}}
+    header = {"configs": [{"config_name": name, "data_files": [{"split": split, "path": path} for split, path in files.items()]} for name, files in configs.items()]}
+    with Hub() as hub:
+        hub.add("dataset", "nyu-mll/glue", {"README.md": f"---\n{json.dumps(header)}\n---\n".encode(), "ax/test.parquet": parquet("test", rows(5, 6, False)),
+                                            **{configs["mnli"][split]: parquet(split, table) for split, table in mnli.items()}})
+        hub.add("model", "me/base", {path.name: path.read_bytes() for path in Path(base).iterdir()})
+        ended = run_python("finetuner.py", "--train.base_model", "me/base", "--train.hf_model_name", "me/tuned", "--train.out", str(tmp_path / "out"),
+                           "--train.run_name", "run", *QUICK, env=hub.environment(tmp_path))
+        assert ended.returncode == 0, ended.stderr
+        code = ("from transformers import pipeline; classify = pipeline('text-classification', 'me/tuned', trust_remote_code=True, device='cpu'); "
+                "print(classify({'text': 'the film', 'text_pair': 'was good'})['label'])")
+        loaded = run_python("-c", code, env=hub.environment(tmp_path))
+        assert loaded.stdout.strip().split("\n")[-1] in TASKS["mnli"].classes, loaded.stderr
+        card = hub.files("model", "me/tuned")["README.md"].decode()
+    assert "base_model: me/base" in card and "validation_mismatched" in card
+    lines = {name: len((tmp_path / f"out/run/predictions/{name}.tsv").read_text().splitlines()) for name in ("MNLI-m", "MNLI-mm", "AX")}
+    assert lines == {"MNLI-m": 8, "MNLI-mm": 8, "AX": 6}
+
+
+SHAPE = dict(vocab_size=len(SPECIALS + WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64, pad_token_id=2)
+OTHERS = {"bert": lambda: BertForMaskedLM(BertConfig(**SHAPE)),
+          "modernbert": lambda: ModernBertForMaskedLM(ModernBertConfig(**SHAPE, cls_token_id=0, sep_token_id=1, bos_token_id=0, eos_token_id=1))}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_encoders_are_measured_the_same_way(films, tmp_path, kind):
     torch.manual_seed(0)
-    folder = tmp_path / "bert"
-    tokenizer = make_tokenizer(WORDS)
-    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-                               max_position_embeddings=64, pad_token_id=2)).save_pretrained(folder)
+    folder, tokenizer = tmp_path / kind, make_tokenizer(WORDS)
+    OTHERS[kind]().save_pretrained(folder)
+    if kind == "bert":
+        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     tokenizer.save_pretrained(folder)
     run = go(str(folder), tmp_path, "--data.dataset", films, "--data.text_pair", "text_pair", "--train.trainable", "last_2")
     report = json.loads((run / "metrics.json").read_text())
@@ -492,7 +539,7 @@ def test_the_newest_pretraining_run_is_the_default_base(base, finished, tmp_path
 def test_bad_input_is_said_in_one_sentence(base, films, tmp_path):
     def said(*flags: str, task: str = "custom", start: str = base) -> str:
         with pytest.raises(InputError) as caught:
-            go(start, tmp_path / "out", *flags, "--train.run_name", f"run{len(list((tmp_path / 'out').glob('*')))}", task=task)
+            go(start, tmp_path / "out", *flags, task=task)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -506,6 +553,7 @@ def test_bad_input_is_said_in_one_sentence(base, films, tmp_path):
     assert "give --train.base_model" in said("--data.dataset", films, start=str(tmp_path / "nothing"))
     assert "no file or folder" in said("--data.dataset", str(tmp_path / "nothing.csv"))
     assert "nothing to tell apart" in said("--data.dataset", write_jsonl(tmp_path / "one", train=[{**row, "label": 1} for row in make_rows(20, 1)]))
+    assert not (tmp_path / "out").exists()                                  # none of them left a run behind
 
 
 def test_bad_input_ends_every_rank(base, tmp_path):

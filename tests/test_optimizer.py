@@ -10,6 +10,7 @@ import torch
 from conftest import run_python
 from model import PRESETS, KBERTConfig, KBERTForMaskedLM
 from optimizer import Optimizer, polar_express
+from trainer import can_compile
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (192, 64), (64, 192), (1, 64)])
@@ -89,6 +90,24 @@ def test_muon_steps_have_the_size_that_lr_says():
         Optimizer(model, rank=0, world_size=1, **settings(muon_weight_decay=0.0)).step(1.0, 0.95)
         change = dict(model.named_parameters())["encoder.blocks.0.attention.out.weight"].detach() - before["encoder.blocks.0.attention.out.weight"]
         assert 0.7 * 0.02 < torch.linalg.svdvals(change).max() < 1.5 * 0.02
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_the_embedding_follows_plain_adam(compiled):
+    if compiled and not can_compile(torch.device("cpu")):
+        pytest.skip("no C++ compiler")
+    model, twin = small_model(), small_model()
+    optimizer = Optimizer(model, rank=0, world_size=1, **settings(), compiled=compiled)
+    plain = torch.optim.Adam([twin.encoder.embed.weight], lr=0.01, betas=(0.7, 0.95), eps=1e-10)
+    start = twin.encoder.embed.weight.detach().clone()
+    torch.manual_seed(1)
+    for _ in range(5):
+        model.encoder.embed.weight.grad = torch.randn_like(start)
+        twin.encoder.embed.weight.grad = model.encoder.embed.weight.grad.clone()
+        optimizer.step(1.0, 0.95)
+        plain.step()
+    moved, expected = model.encoder.embed.weight.detach() - start, twin.encoder.embed.weight.detach() - start
+    assert (moved - expected).norm() / expected.norm() < 4e-3               # updates travel in bf16
 
 
 # Run under torchrun: steps a model on one global batch of gradients, of which each rank holds its part, then saves the result.

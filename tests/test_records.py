@@ -9,8 +9,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
+import finetuner
 from conftest import ROOT, run_python
 from dataloading import InputError
 from records.leaderboard import BEGIN, END, matches, update
@@ -279,6 +282,69 @@ def test_what_is_no_log(record, tmp_path):
     assert verify(record) == [f"{record}/logs/1.txt:1: not a line of a log: 'step:1/2 nonsense'"]
     (record / "record.json").unlink()
     assert "missing or not JSON" in verify(record)[0]
+
+
+# --- a record by MNLI
+
+
+@pytest.fixture(scope="module")
+def mnli_archive(archive, runs, word_tokenizer, tmp_path_factory) -> Path:
+    """records/ with the first record of a track whose target is MNLI, with one finetuning of each run."""
+    rng, tmp_path = np.random.default_rng(0), tmp_path_factory.mktemp("mnli")
+    words = [word for word in AutoTokenizer.from_pretrained(word_tokenizer).get_vocab() if word[0] != "["]
+    (tmp_path / "mnli").mkdir()
+    for split, number in (("train", 24), ("validation_matched", 12), ("validation_mismatched", 6)):
+        rows = [{"premise": " ".join(rng.choice(words, 6)), "hypothesis": " ".join(rng.choice(words, 3)), "label": i % 3} for i in range(number)]
+        (tmp_path / "mnli" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tuned = []
+    for run in runs:
+        shutil.copytree(word_tokenizer, run / "model", dirs_exist_ok=True)
+        finetuner.main(["--train.base_model", str(run / "model"), "--data.dataset", str(tmp_path / "mnli"), "--train.out", str(tmp_path), "--train.run_name",
+                        f"tuned-{run.name}", "--train.epochs", "1", "--train.seeds", "3", "--train.batch_size", "8"])
+        tuned.append(tmp_path / f"tuned-{run.name}")
+    root = tmp_path / "records"
+    shutil.copytree(archive, root)
+    shutil.copy(archive.parent / "README.md", tmp_path)
+    tracks = json.loads((root / "tracks.json").read_text())
+    judged_by = read_log(tuned[0]).named("result", "splits", "mnli", "validation_matched")
+    tracks["tiny-mnli"] = tracks["tiny"] | {"target": {"metric": "mnli_matched", "value": 1.0}, "finetuning": {"protocol": "default", "validation_matched": judged_by}}
+    (root / "tracks.json").write_text(json.dumps(tracks))
+    date = read_log(runs[0]).named("environment", "started")[:10]
+    said = {"track": "tiny-mnli", "name": "tuned", "date": date, "contributors": ["a"], "what": "A test."}
+    with pytest.raises(InputError, match="0 MNLI finetunings of this run"):
+        submit(root, runs, dict(said), tuned[:2])
+    submit(root, runs, said, tuned)
+    return root
+
+
+@pytest.fixture
+def by_mnli(mnli_archive, tmp_path) -> Path:
+    shutil.copytree(mnli_archive, tmp_path / "records")
+    shutil.copy(mnli_archive.parent / "README.md", tmp_path)
+    return next((tmp_path / "records" / "tiny-mnli").glob("*_tuned"))
+
+
+def test_a_record_by_mnli(by_mnli):
+    assert verify(by_mnli) == []
+    scores = [100 * read_log(log).named("result", "results", "mnli", "pretrained")["validation_matched"]["accuracy"]["median"]
+              for log in sorted((by_mnli / "finetuned").iterdir())]
+    said = json.loads((by_mnli / "record.json").read_text())["measured"]
+    assert len(scores) == 3 and said["mnli_matched"] == pytest.approx(sum(scores) / 3) and said["p_target"] < 0.01
+    root = by_mnli.parents[1]
+    assert root / "figures" / "pareto.png" in update(root, check=False)     # with a star of ours
+    assert f"| {said['mnli_matched']:.1f} / {said['mnli_mismatched']:.1f} |" in (root.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("section,name,value,message", (
+    ("config", "protocol", "sane", "the protocol is sane"),
+    ("config", "train.lr", 1.0, "other settings than 1.txt: lr"),
+    ("data", "base_sha256", "0" * 64, "started from another model"),
+    ("result", "splits.mnli.validation_matched.fingerprint", "0", "the track's is"),
+    ("result", "results.mnli.pretrained.validation_matched.accuracy.median", 0.99, "not the median of the runs' last dev_score"),
+    ("environment", "device", "H100", "device is 'H100'")))
+def test_a_forged_finetuning(by_mnli, section, name, value, message):
+    change(by_mnli / "finetuned" / "2.txt", in_section(section, name, value))
+    assert any(message in problem for problem in verify(by_mnli))
 
 
 # --- submitting

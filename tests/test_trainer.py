@@ -26,7 +26,7 @@ from trainer import (LOG_LINE, PRESETS, DataConfig, TrainConfig, Work, batch_fac
 TINY = ["--preset", "micro", "--data.max_length", "100", "--data.valid_tokens", "1500", "--train.row_tokens", "256", "--train.batch_tokens", "1536",
         "--train.steps", "20", "--train.valid_every", "10", "--train.save_every", "10", "--train.keep_checkpoints", "9", "--train.compile", "false",
         "--model.num_hidden_layers", "2", "--model.hidden_size", "64", "--model.num_attention_heads", "2", "--model.intermediate_size", "64",
-        "--model.local_attention_window", "16", "--train.muon_lr", "0.03", "--train.embed_lr", "0.02", "--train.lr_warmup", "0.2"]
+        "--model.local_attention_window", "16", "--train.muon_lr", "0.03", "--train.embed_lr", "0.02", "--train.lr_warmup", "0.2", "--train.lr_decay", "0.5"]
 
 
 def flags(corpus: Path, out: Path, name: str, *more: str) -> list[str]:
