@@ -10,10 +10,13 @@ of the train split are learnt from (the split of data/pack_fineweb_edu.py, which
 from __future__ import annotations
 
 import argparse
+import bz2
 import contextlib
 import copy
 import glob
+import gzip
 import hashlib
+import lzma
 import os
 import queue
 import shutil
@@ -29,7 +32,7 @@ from dataloading import MAX_VOCAB_SIZE, SPECIAL_TOKENS, InputError, sha256_of  #
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-COMPRESSIONS = {".gz": 2.7, ".xz": 3.7, ".bz2": 3.7, ".parquet": 1.7}  # characters in a byte, to estimate the time left
+COMPRESSIONS = {".gz": gzip, ".xz": lzma, ".bz2": bz2}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -62,8 +65,22 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test_fraction", type=float, default=0.01, help="share of the documents kept for testing")
 
 
+def unpacked_bytes(path: Path) -> float:
+    """Of a compressed file by how its beginning expands: of text with ids, abstracts expand 3.9 times and novels 3.3."""
+    if path.suffix == ".parquet":
+        from pyarrow.parquet import read_metadata
+        metadata = read_metadata(path)
+        return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    size = path.stat().st_size
+    if path.suffix not in COMPRESSIONS:
+        return size
+    with open(path, "rb") as packed, COMPRESSIONS[path.suffix].open(packed) as unpacked:
+        begun = len(unpacked.read(4_000_000))
+        return size * begun / max(1, packed.tell())
+
+
 def open_source(args: argparse.Namespace):
-    """A stream of Arrow tables, the characters in each of its files (estimated; 1 where unknown), and its description."""
+    """A stream of Arrow tables, the bytes in each of its files (estimated; 1 where unknown), and its description."""
     from datasets import load_dataset
     from huggingface_hub import HfApi
 
@@ -78,8 +95,8 @@ def open_source(args: argparse.Namespace):
         options = {"sample_by": args.sample_by} if reader == "text" else {}
         with reading(f"--files {' '.join(args.files)}"):
             stream = load_dataset(reader, data_files=files, split="train", streaming=True, **options)
+            sizes = [unpacked_bytes(Path(file)) for file in files]
         source = {"files": [{"name": Path(file).name, "bytes": os.path.getsize(file)} for file in files], **options}
-        sizes = [file["bytes"] * COMPRESSIONS.get(Path(file["name"]).suffix, 1) for file in source["files"]]
     else:
         name = args.name or ("sample-10BT" if args.dataset == FINEWEB_EDU else None)
         with reading(f"{args.dataset} on the Hugging Face Hub"):
