@@ -194,6 +194,11 @@ class Base:
     tokenizer: PreTrainedTokenizerFast
     max_length: int                                     # tokens that an example may have
 
+    @property
+    def title(self) -> str:
+        """The Hub id, or of logs/RUN/model the run."""
+        return Path(self.name).resolve().parent.name if Path(self.name).exists() else self.name
+
 
 def newest_run(out: Path, preset: str) -> Path:
     """model/ of the newest finished pretraining run; of micro runs alone under the preset micro."""
@@ -940,7 +945,7 @@ def model_card(title: str, base: Base, data: Data, report: dict) -> str:
                            base_model=None if local else base.name, pipeline_tag=task_type, eval_results=evaluations).to_yaml()
     rows = [f"| {start} | {split} | {metric} | {value['median']:.4f} | {value['min']:.4f} | {value['max']:.4f} | {value['n']} |"
             for start, metrics in report["results"].items() for split, named in metrics.items() for metric, value in named.items()]
-    return CARD.format(header=header, title=title, base=Path(base.name).parent.name if local else base.name, task=data.name, dev=data.dev,
+    return CARD.format(header=header, title=title, base=base.title, task=data.name, dev=data.dev,
                        settings=", ".join(f"{name} {value}" for name, value in report["model"]["settings"].items()), rows="\n".join(rows),
                        auto=f"AutoModelFor{'QuestionAnswering' if span else 'SequenceClassification'}")
 
@@ -1193,7 +1198,7 @@ def finetune_all(place: Place, preset: str, task: str, protocol_name: str, given
                                      for split, values in report["results"]["pretrained"].items()} for name, report in reports.items()})
 
         def finish() -> None:
-            row = glue_row(Path(base_name).name, scores)
+            row = glue_row(base.title, scores)
             log.section("glue", f"medians over runs; averages over {len(reports)} of {len(GLUE)} tasks\n{row}", echo=True)
             report = {"task": "glue", "base_model": base_name, "protocol": protocol_name, "scores": scores, "tasks": list(reports)}
             (folder / "metrics.json").write_text(json.dumps(report, indent=1))
