@@ -13,10 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import queue
-import threading
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -304,32 +303,14 @@ class Loader:
         self.shard_starts = np.cumsum([0] + [len(tokens) for tokens in self.stream.tokens])
 
     def __iter__(self) -> Iterator[Row]:
-        ahead: queue.Queue = queue.Queue(maxsize=self.rows_ahead)
-        stopped = threading.Event()
-
-        def work():
-            try:
-                for row in self._rows():
-                    while not stopped.is_set():
-                        try:
-                            ahead.put(row, timeout=0.1)
-                            break
-                        except queue.Full:
-                            pass
-                    if stopped.is_set():
-                        return
-                ahead.put(None)
-            except BaseException as error:  # handed to the consumer, whose step would otherwise wait for ever
-                ahead.put(error)
-
-        threading.Thread(target=work, daemon=True).start()
+        rows, background = self._rows(), ThreadPoolExecutor(1)  # Python waits for its thread before it exits
         try:
-            while (row := ahead.get()) is not None:
-                if isinstance(row, BaseException):
-                    raise row
+            ahead = deque(background.submit(next, rows, None) for _ in range(self.rows_ahead))
+            while (row := ahead.popleft().result()) is not None:  # what the thread raises is raised here
+                ahead.append(background.submit(next, rows, None))
                 yield row
         finally:
-            stopped.set()
+            background.shutdown(cancel_futures=True)
 
     def _rows(self) -> Iterator[Row]:
         self.stream, index = self.new_stream(), self.first_index

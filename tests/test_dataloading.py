@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from conftest import ROOT, SPECIALS, sentences, write_documents
+from conftest import ROOT, SPECIALS, run_python, sentences, write_documents
 from dataloading import (HEADER_BYTES, InputError, Loader, find_windows, read_manifest, read_shard, write_shard)
 
 CLS, SEP, PAD = SPECIALS["cls"], SPECIALS["sep"], SPECIALS["pad"]
@@ -157,6 +157,22 @@ def test_padding_on_real_text(tmp_path):
         documents = [[5] * len(json.loads(line)["text"].split()) for line in file]
     rows = epoch(write_documents(tmp_path, {"train": [documents]}), row_tokens=8192, max_length=1024)[0]
     assert sum(int((row.input_ids == PAD).sum()) for row in rows) / (8192 * len(rows)) < 0.005
+
+
+def test_a_process_may_exit_while_rows_are_being_packed(tmp_path):
+    """A thread that is inside torch when Python takes itself apart would abort the process."""
+    path = write_documents(tmp_path, {"train": CORPORA["several shards"]})
+    run = run_python("-c", f"""
+from pathlib import Path
+from dataloading import Loader, read_manifest
+path = Path({str(path)!r})
+loaders = [iter(Loader(path, read_manifest(path), "train", 256, 100, seed=seed, rows_ahead=2000)) for seed in range(8)]
+for rows in loaders:
+    next(rows)
+for rows in loaders:
+    rows.close()
+""")
+    assert run.returncode == 0, run.stderr
 
 
 # --- bad input
