@@ -7,6 +7,7 @@
     python tests/benchmark.py --profile ...                                 our step by kind of kernel
     python tests/benchmark.py --attention --preset base --data DIR ...      FlexAttention against varlen_attn, on a GPU
     python tests/benchmark.py --loader                                      the loader alone, on one core
+    python tests/benchmark.py --packing 'corpus/*.jsonl.xz' --data DIR      packing against `tokenizers` alone, with DIR's tokenizer
 
 The reference (records/baseline/modernbert.py) gets AdamW, bf16 autocast, sdpa, prediction at masked positions only, and the batch shape
 that suits it best: bucketed or concatenated, eager or, where shapes are static, compiled. Both sides take turns, so that a busy machine
@@ -20,7 +21,9 @@ import json
 import math
 import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataloading import InputError, Loader, Row, read_manifest  # noqa: E402
 from model import PRESETS, KBERTConfig, KBERTForMaskedLM, attend, flex_mask  # noqa: E402
 from records.baseline.modernbert import Reference  # noqa: E402
-from trainer import (Clock, Place, TrainConfig, Work, can_compile, draw_masks, lr_factor, make_loss, make_optimizer, mask_count,  # noqa: E402
+from trainer import (ROOT, Clock, Place, TrainConfig, Work, can_compile, draw_masks, lr_factor, make_loss, make_optimizer, mask_count,  # noqa: E402
                      mask_rate, model_config, muon_momentum, peak_flops, processes, validate, warm_up)
 
 MASK_RATE = 0.30  # of the timed steps: ModernBERT's
@@ -195,6 +198,30 @@ def measure_loader(loader: Loader, seconds: float = 5.0) -> dict:
     return {"loader_tokens_per_s": round(tokens / taken), "padding": padding / (tokens + padding)}
 
 
+def measure_packing(directory: Path, files: list[str]) -> dict:
+    """Packing files, start-up and all, against `tokenizers` alone on the same texts in the same batches; both on all cores."""
+    from data.train_tokenizer import add_source_flags, bring_tokenizer, open_source, read_texts
+    seconds, tokenizer = {}, str(directory / "tokenizer")
+    source = argparse.ArgumentParser()
+    add_source_flags(source)
+    source = source.parse_args(["--files", *files])
+    with tempfile.TemporaryDirectory() as out:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, ROOT / "data" / "pack_fineweb_edu.py", "--files", *files, "--tokenizer", tokenizer, "--out", out], check=True)
+        seconds["packing"] = time.perf_counter() - start
+        tokens = sum(entry["tokens"] for entry in read_manifest(Path(out))["shards"].values())
+        backend, _ = bring_tokenizer(tokenizer, Path(out))
+    stream, sizes, _ = open_source(source)
+    batches = [texts for texts, _ in read_texts(stream, sizes, source.text_field, source.batch_characters)]
+    start = time.perf_counter()
+    for texts in batches:
+        backend.encode_batch_fast(texts, add_special_tokens=False)
+    seconds["tokenizers alone"] = time.perf_counter() - start
+    for name, taken in seconds.items():
+        print(f"{name:16s} {taken:7.1f} s  {tokens / taken / 1e6:.2f}M tokens/s")
+    return {"packing_seconds": {name: round(taken, 2) for name, taken in seconds.items()}, "tokens": tokens}
+
+
 def train_for(side, loader: Loader, valid: Loader, train: TrainConfig, row_tokens: int, place: Place, curve: list) -> float:
     """Trains a side for train.max_minutes, appending [seconds, step, validation loss] to `curve`. Returns the last loss."""
     clock, step, rows, next_validation = Clock(place.device, 0.0), 0, iter(loader), 0.0
@@ -236,18 +263,14 @@ def compare_training(arguments, config, train, new_loader, valid, place) -> dict
 
 
 def plot(curves: dict[str, list], out: Path) -> None:
-    """Validation loss against minutes of training, readable on light and dark pages."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=150, facecolor="white", layout="constrained")
-    for number, (name, curve) in enumerate(curves.items()):
-        axes.plot([seconds / 60 for seconds, _, _ in curve], [loss for _, _, loss in curve], label=name, lw=2.2 if number == 0 else 1.4,
-                  color=("#c1272d", "#7fa7d1", "#3b6ea5", "#1b3a5c")[number % 4])
-    axes.set(xlabel="training time (minutes)", ylabel="validation loss (nats per masked token)")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.savefig(out)
+    """Validation loss against minutes of training."""
+    from records.plot import COLORS, figure
+    drawn, (axis,) = figure(["loss"])
+    for color, (name, curve) in zip(COLORS, curves.items()):
+        axis.plot([seconds / 60 for seconds, _, _ in curve], [loss for _, _, loss in curve], color=color, lw=1.6, label=name)
+    axis.set(xlabel="training time (minutes)", ylabel="validation loss (nats per masked token)")
+    axis.legend(frameon=False, fontsize=8)
+    drawn.savefig(out)
 
 
 def main() -> None:
@@ -263,6 +286,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="measure our step by kind of kernel")
     parser.add_argument("--attention", action="store_true", help="measure one layer's attention by two ways, on a GPU")
     parser.add_argument("--loader", action="store_true", help="measure the loader alone")
+    parser.add_argument("--packing", nargs="+", metavar="GLOB", help="measure the packing of these files")
     parser.add_argument("--train-minutes", type=float, help="instead of timing steps, train each side this many minutes")
     parser.add_argument("--valid-tokens", type=int, default=100_000, help="tokens of text to validate on [100000]")
     parser.add_argument("--reference-lrs", type=float, nargs="+", default=[2.5e-4, 5e-4, 1e-3], help="AdamW's learning rates to try [2.5e-4 5e-4 1e-3]")
@@ -286,6 +310,8 @@ def main() -> None:
         train = TrainConfig(max_minutes=arguments.train_minutes)
         if arguments.loader:
             result = measure_loader(new_loader())
+        elif arguments.packing:
+            result = measure_packing(directory, arguments.packing)
         elif arguments.profile:
             result = profile_step(arguments, config, train, new_loader(), place)
         elif arguments.attention:
