@@ -304,13 +304,15 @@ class Loader:
 
     def __iter__(self) -> Iterator[Row]:
         rows, background = self._rows(), ThreadPoolExecutor(1)  # Python waits for its thread before it exits
+        ahead = deque(background.submit(next, rows, None) for _ in range(self.rows_ahead))
         try:
-            ahead = deque(background.submit(next, rows, None) for _ in range(self.rows_ahead))
             while (row := ahead.popleft().result()) is not None:  # what the thread raises is raised here
                 ahead.append(background.submit(next, rows, None))
                 yield row
         finally:
-            background.shutdown(cancel_futures=True)
+            for future in ahead:
+                future.cancel()
+            background.shutdown()
 
     def _rows(self) -> Iterator[Row]:
         self.stream, index = self.new_stream(), self.first_index
