@@ -3,8 +3,8 @@
     from transformers import AutoModelForMaskedLM
     model = AutoModelForMaskedLM.from_pretrained("USER/NAME", trust_remote_code=True)
 
-Embeddings smeared over their neighbours; pre-norm blocks of attention (RoPE, QK-norm, value residual) and GeGLU without biases; every
-third layer attends to the whole document, the others to a sliding window; the MLM head is tied to the embedding and soft-capped.
+Pre-norm blocks of attention (RoPE, QK-norm, value residual) and GeGLU without biases; every third layer attends to the whole
+document, the others to a sliding window; the MLM head is tied to the embedding and soft-capped.
 
 Inside, there is no batch and no padding: a row of T tokens holds documents side by side, told apart by `document_ids`.
 The Hugging Face call with input_ids [B, S] and attention_mask [B, S] unpads on the way in and pads again on the way out.
@@ -61,7 +61,6 @@ class KBERTConfig(PretrainedConfig):
     frequency_base: float = option(10_000.0, "RoPE's theta")
     logit_softcap: float = option(30.0, "logits stay within plus and minus this")
     value_residual: bool = option(True, "mix the first layer's values into every layer's")
-    smear: bool = option(True, "mix both neighbours' embeddings into each token's")
     embedding_skip: bool = option(True, "mix the embedding into every layer's input")
     unet_skips: bool = option(False, "add the input of layer i to that of layer L - i")
     norm_eps: float = option(1e-6, "added to the mean square in RMSNorm")
@@ -365,8 +364,6 @@ class KBERTPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0.02)
-        elif isinstance(module, KBERTModel) and module.smear is not None:
-            init.zeros_(module.smear)
         elif isinstance(module, Attention) and module.value_lambda is not None:
             init.constant_(module.value_lambda, 0.5)
         elif isinstance(module, Block):
@@ -380,7 +377,6 @@ class KBERTModel(KBERTPreTrainedModel):
     def __init__(self, config: KBERTConfig):
         super().__init__(config)
         self.embed = nn.Embedding(config.padded_vocab_size, config.hidden_size)
-        self.smear = nn.Parameter(torch.zeros(2, config.hidden_size)) if config.smear else None
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)])
         self.norm = Norm(config.norm_eps)
         self.compute_dtype: Optional[torch.dtype] = None      # of activations; None: the weights' own
@@ -415,12 +411,7 @@ class KBERTModel(KBERTPreTrainedModel):
             local_mask, global_mask = local_tiles(document_ids, min(window, max_seqlen - 1)), slot_tiles(document_ids, slots)
         weight = self.embed.weight
         dtype = self.compute_dtype or weight.dtype
-        x = self.norm(F.embedding(input_ids, weight).to(dtype))                      # [T, d]
-        if self.smear is not None:  # modded-nanogpt's, looking both ways; a neighbour in another document is none
-            left = torch.where(positions[:, None] > 0, x.roll(1, 0), 0)
-            right = torch.where(positions.roll(-1)[:, None] > 0, x.roll(-1, 0), 0)
-            x = x + self.smear[0].to(dtype) * left + self.smear[1].to(dtype) * right
-        x0 = x
+        x = x0 = self.norm(F.embedding(input_ids, weight).to(dtype))                 # [T, d]
         rotary = rotary_tables(positions, self.config.hidden_size // self.config.num_attention_heads, self.config.frequency_base, dtype)
         first_value, inputs = None, []
         for layer, block in enumerate(self.blocks):
