@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from dataloading import InputError, read_manifest, read_shard, sha256_of
-from model import KBERTConfig, KBERTForQuestionAnswering, KBERTForSequenceClassification, option
+from model import KBERTConfig, KBERTForQuestionAnswering, KBERTForSequenceClassification, compiled_backend, option
 from trainer import (LOG_LINE, MODULES, Clock, HubPusher, Place, RunLog, close_log, draw_curves, first_line, lr_factor, open_log, parse_flags, processes, save_folder,
                      save_model)
 
@@ -565,12 +565,15 @@ class Network:
     def __init__(self, model: nn.Module, base: Base, kind: str, train: FinetuneConfig, device: torch.device):
         self.model, self.kbert, self.kind, self.device = model.to(device), base.kbert, kind, device
         self.max_length, self.pad = base.max_length, base.tokenizer.pad_token_id
-        cuda = device.type == "cuda"
-        self.row_tokens = max(train.row_tokens or (16384 if cuda else 4096), -(-base.max_length // 128) * 128)
-        # Rows differ in size: a GPU's graphs are compiled for a few, a CPU runs eagerly.
-        self.sizes = [-(-self.row_tokens // (part * 128)) * 128 for part in (8, 4, 2, 1)] if cuda and train.compile else []
+        self.row_tokens = max(train.row_tokens or (16384 if device.type == "cuda" else 4096), -(-base.max_length // 128) * 128)
+        # Rows differ in size: with FlexAttention, graphs are compiled for a few; without, it runs eagerly.
+        self.sizes = []
         if self.kbert:
-            self.encode = torch.compile(model.encoder.encode, dynamic=False) if self.sizes else model.encoder.encode
+            self.encode = model.encoder.encode
+            if train.compile and (backend := compiled_backend(device)) == "flex":
+                self.sizes = [-(-self.row_tokens // (part * 128)) * 128 for part in (8, 4, 2, 1)]
+                model.encoder.attention_backend = backend
+                self.encode = torch.compile(self.encode, dynamic=False)
 
     def train(self, mode: bool) -> None:
         self.model.train(mode)

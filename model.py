@@ -224,6 +224,11 @@ class Rearrange(torch.autograd.Function):
         return gradient[back], None, None
 
 
+def compiled_backend(device: torch.device) -> str:
+    """"flex" where FlexAttention can train, on GPUs since Ampere, else "blockwise". Asked inside a compiled model, it would break the graph in two."""
+    return "flex" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "blockwise"
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tiles, scale: float) -> Tensor:
     """q, k, v: [1, T, H, D] -> [1, T, H, D]."""
     if isinstance(mask, BlockMask):
@@ -380,7 +385,7 @@ class KBERTModel(KBERTPreTrainedModel):
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)])
         self.norm = Norm(config.norm_eps)
         self.compute_dtype: Optional[torch.dtype] = None      # of activations; None: the weights' own
-        self.attention_backend: Optional[str] = None          # "flex", "blockwise"; None: whichever suits the device
+        self.attention_backend = "blockwise"                  # what compiled code uses: compiled_backend(device)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -388,11 +393,6 @@ class KBERTModel(KBERTPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed = value
-
-    def uses_flex(self, device: torch.device) -> bool:
-        if self.attention_backend is None:  # uncompiled, FlexAttention writes out all T x T scores
-            return device.type == "cuda" and torch.compiler.is_compiling() and torch.cuda.get_device_capability(device) >= (8, 0)
-        return self.attention_backend == "flex"
 
     def encode(self, input_ids: Tensor, document_ids: Tensor, positions: Tensor, max_seqlen: int, window: Optional[int] = None,
                slots: Optional[Tensor] = None, wanted: Optional[Tensor] = None) -> Tensor:
@@ -404,7 +404,7 @@ class KBERTModel(KBERTPreTrainedModel):
         behind its attention, the last layer computes these alone.
         """
         window = self.config.local_attention_window // 2 if window is None else window
-        if self.uses_flex(document_ids.device):
+        if self.attention_backend == "flex" and torch.compiler.is_compiling():  # eagerly, it would write out all T x T scores
             local_mask, global_mask = flex_mask(document_ids, window), flex_mask(document_ids, None)
         else:
             slots = pack_slots(document_ids, max_seqlen) if slots is None else slots

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from dataloading import SCAN_TOKENS, InputError, Loader, Row, read_manifest, read_shard, sha256_of
 from model import PRESETS as MODEL_PRESETS
-from model import KBERTConfig, KBERTForMaskedLM, option, pack_slots
+from model import KBERTConfig, KBERTForMaskedLM, compiled_backend, option, pack_slots
 from optimizer import Optimizer
 
 ROOT = Path(__file__).resolve().parent
@@ -735,10 +735,11 @@ def make_loss(model: KBERTForMaskedLM, compiled: bool):
     """model.loss with the window in tokens of both sides, compiled once for each window whatever the number of masked positions."""
     if not compiled:
         return lambda *row, max_seqlen, window: model.loss(*row, max_seqlen, window // 2)
+    backend = model.encoder.attention_backend = compiled_backend(model.device)
     compiled_loss = torch.compile(model.loss, dynamic=False)
 
     def loss_of(input_ids, document_ids, positions, masked, targets, *, max_seqlen, window):
-        slots = None if input_ids.is_cuda else pack_slots(document_ids, max_seqlen)
+        slots = pack_slots(document_ids, max_seqlen) if backend == "blockwise" else None
         for tensor in (masked, targets) if slots is None else (masked, targets, slots):
             torch._dynamo.mark_dynamic(tensor, 0)
         return compiled_loss(input_ids, document_ids, positions, masked, targets, max_seqlen, window // 2, slots)

@@ -110,13 +110,16 @@ def test_flex_mask_lists_every_visible_pair_and_no_more(window):
 
 
 def test_flex_attention_compiled_agrees_in_the_whole_model():
-    """FlexAttention has no backward on CPU; its compiled forward is what GPUs run, but for the kernel."""
-    model = tiny(KBERTModel, hidden_size=128)
-    row = row_of(LENGTHS)
+    """FlexAttention has no backward on CPU; its compiled forward, one graph without a break, is what GPUs run, but for the kernel."""
+    model = tiny(hidden_size=128)
+    row, masked = row_of(LENGTHS), torch.tensor([3, 40, 41, 300])
+    targets = row[0][masked]
     with torch.no_grad():
-        expected = model.encode(*row, 256)
-        model.attention_backend = "flex"
-        torch.testing.assert_close(torch.compile(model.encode)(*row, 256), expected, atol=1e-4, rtol=1e-4)
+        expected = model.encoder.encode(*row, 256), model.loss(*row, masked, targets, 256)
+        model.encoder.attention_backend = "flex"
+        compiled = [torch.compile(function, fullgraph=True) for function in (model.encoder.encode, model.loss)]
+        torch.testing.assert_close(compiled[0](*row, 256), expected[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(compiled[1](*row, masked, targets, 256), expected[1], atol=1e-4, rtol=1e-4)
 
 
 def test_loss_at_masked_positions_equals_the_loss_of_all_logits():
