@@ -606,9 +606,10 @@ class Network:
         document_ids = np.repeat(np.arange(len(row) + 1, dtype=np.int32), [*lengths, T - total])
         positions = np.arange(T, dtype=np.int32) - np.repeat(np.array([*starts, total], dtype=np.int32), [*lengths, T - total])
         document_ids, positions = (torch.from_numpy(x).to(self.device) for x in (document_ids, positions))
-        max_seqlen = self.max_length if self.sizes else longest      # a compiled graph is made for one
         starts = None if self.kind == "span" else torch.from_numpy(starts).to(self.device)           # of the examples' [CLS]
-        hidden = self.encode(torch.from_numpy(input_ids).to(self.device), document_ids, positions, max_seqlen, wanted=starts)    # [T, d] or [n, d]
+        # A compiled graph is made for one longest example and, if it picked out [CLS] itself, for one number of examples.
+        max_seqlen, wanted = (self.max_length, None) if self.sizes else (longest, starts)
+        hidden = self.encode(torch.from_numpy(input_ids).to(self.device), document_ids, positions, max_seqlen, wanted=wanted)    # [T, d] or [n, d]
         if self.kind == "span":
             logits = hidden.new_full((len(row), 2, longest), -torch.inf, dtype=torch.float32)
             both = torch.stack(self.model.span_logits(hidden[:total]), dim=-1)                       # [tokens, 2]
@@ -616,7 +617,7 @@ class Network:
         # The classifier sees the whole batch, zero where another row or rank has the example: so dropout, drawn from the
         # step's seed, meets each example alike wherever it lies.
         slots = torch.from_numpy(slots).to(self.device)
-        cls = hidden.new_zeros(batch, hidden.size(-1)).index_copy(0, slots, hidden)
+        cls = hidden.new_zeros(batch, hidden.size(-1)).index_copy(0, slots, hidden[starts] if self.sizes else hidden)
         return self.model.classify(cls)[slots]
 
     def padded(self, split: Split, row: np.ndarray) -> Tensor:

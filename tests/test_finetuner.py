@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -129,6 +130,26 @@ def gradients(net: Network, split: finetuner.Split, seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
         (net.loss(net.outputs(split, row, row, 12), split.labels[row]) / 12).backward()
     return torch.cat([p.grad.flatten() for p in net.model.parameters()])
+
+
+def test_a_gpu_compiles_each_size_of_row_once_for_training_and_once_for_prediction(base, monkeypatch):
+    """What a GPU compiles, by the compiler's front end alone: graphs anew for each row would end in the eager fallback, many times slower."""
+    plain, opened = make_network(base, row_tokens=512)
+    monkeypatch.setattr(finetuner, "compiled_backend", lambda device: "flex")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    net, _ = make_network(base, row_tokens=512)
+    split = make_split(opened, 40)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for mode in (True, False):
+            net.train(mode)
+            for count in (1, 2, 4, 9, 15, 20, 3, 1):
+                net.outputs(split, np.arange(count), np.arange(count), 20)
+        plain.train(False)
+        row = np.arange(12)
+        torch.testing.assert_close(net.outputs(split, row, row, 12), plain.outputs(split, row, row, 12), atol=2e-5, rtol=1e-4)
+    assert len(net.sizes) == 4 and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 * len(set(net.sizes))
 
 
 def test_gradients_and_dropout_do_not_depend_on_packing(base):
