@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -16,12 +17,14 @@ import numpy as np
 import pytest
 import torch
 
+import trainer
 from conftest import ROOT, SPECIALS, run_python, sentences, write_documents
 from dataloading import InputError, Loader, read_manifest
 from hub_stand_in import Hub
 from model import KBERTConfig
+from test_model import tiny
 from trainer import (LOG_LINE, PRESETS, DataConfig, TrainConfig, Work, batch_factor, draw_masks, frozen_mask, local_window, log_line,
-                     lr_factor, main, mask_rate, muon_momentum, parse_flags, processes)
+                     lr_factor, main, make_loss, mask_rate, muon_momentum, parse_flags, processes)
 
 TINY = ["--preset", "micro", "--data.max_length", "100", "--data.valid_tokens", "1500", "--train.row_tokens", "256", "--train.batch_tokens", "1536",
         "--train.steps", "20", "--train.valid_every", "10", "--train.save_every", "10", "--train.keep_checkpoints", "9", "--train.compile", "false",
@@ -163,6 +166,22 @@ def test_frozen_masks_follow_the_token_not_the_row():
     assert (frozen_mask(offsets[5000:6000]) == mask[5000:6000]).all()
     assert not frozen_mask(np.full(100, -1)).any()
     assert abs(np.corrcoef(mask[1:], mask[:-1])[0, 1]) < 0.02
+
+
+def test_one_graph_serves_every_row_and_masking_rate(corpus, monkeypatch):
+    """What a GPU compiles, by the compiler's front end alone, and that it is the loss of the other attention."""
+    model = tiny(vocab_size=64, hidden_size=128, num_attention_heads=2)
+    rows = iter(Loader(corpus, read_manifest(corpus), "train", 1024, 100, seed=1))
+    monkeypatch.setattr(trainer, "compiled_backend", lambda device: "flex")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    compiled, eager = make_loss(model, compiled=True), make_loss(model, compiled=False)
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        for count in (64, 128, 192, 256, 65):
+            row, masked = next(rows), torch.arange(0, 1024, 4)[:count]
+            arguments = row.input_ids, row.document_ids, row.positions, masked, row.input_ids[masked].long()
+            torch.testing.assert_close(compiled(*arguments, max_seqlen=100, window=16), eager(*arguments, max_seqlen=100, window=16), rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 # --- the run
