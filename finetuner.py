@@ -124,6 +124,7 @@ class FinetuneConfig:
     lr_warmup: float = option(0.06, "fraction of the run in which the learning rate rises from 0")
     lr_floor: float = option(0.0, "fraction of the learning rate at the end")
     clip: float = option(1.0, "norm that gradients are clipped to")
+    pooling: Literal["mean", "cls"] = option("mean", "what of a text is classified: the mean of its tokens' states or that of [CLS]; of other encoders, their own")
     trainable: Literal["all", "classifier", "last_2", "last_3"] = option("all", "what is trained: all, the classifier, or it and the last layers")
     evals_per_epoch: int = option(1, "evaluations on the validation split in an epoch")
     patience: Optional[int] = option(None, "evaluations without improvement that end a run, which keeps its best weights; none: the last count")
@@ -231,13 +232,14 @@ def open_base(name: str, max_length: Optional[int]) -> Base:
     return Base(name, kbert, config, tokenizer, tokenizer.model_max_length)
 
 
-def build_model(base: Base, kind: str, classes: list[str], seed: int, random: bool = False) -> nn.Module:
+def build_model(base: Base, kind: str, classes: list[str], seed: int, random: bool = False, pooling: Optional[str] = None) -> nn.Module:
     """The encoder under a new head; from random weights, its shape alone is kept."""
     torch.manual_seed(seed)
     labels = {} if kind == "span" else {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)},
                                         "problem_type": "regression" if kind == "number" else "single_label_classification"}
     if base.kbert:
         drop = ("auto_map", "architectures", "id2label", "label2id")  # auto_map may name the Hub repository it was loaded from
+        labels |= {"classifier_pooling": pooling} if pooling else {}
         config = KBERTConfig.from_dict({k: v for k, v in base.config.items() if k not in drop} | labels)
         cls = KBERTForQuestionAnswering if kind == "span" else KBERTForSequenceClassification
         make = cls
@@ -606,19 +608,21 @@ class Network:
         document_ids = np.repeat(np.arange(len(row) + 1, dtype=np.int32), [*lengths, T - total])
         positions = np.arange(T, dtype=np.int32) - np.repeat(np.array([*starts, total], dtype=np.int32), [*lengths, T - total])
         document_ids, positions = (torch.from_numpy(x).to(self.device) for x in (document_ids, positions))
-        starts = None if self.kind == "span" else torch.from_numpy(starts).to(self.device)           # of the examples' [CLS]
-        # A compiled graph is made for one longest example and, if it picked out [CLS] itself, for one number of examples.
-        max_seqlen, wanted = (self.max_length, None) if self.sizes else (longest, starts)
-        hidden = self.encode(torch.from_numpy(input_ids).to(self.device), document_ids, positions, max_seqlen, wanted=wanted)    # [T, d] or [n, d]
+        # All states, also where only those of [CLS] count: a graph that picked them would be compiled anew for each number of examples.
+        hidden = self.encode(torch.from_numpy(input_ids).to(self.device), document_ids, positions, self.max_length if self.sizes else longest)    # [T, d]
         if self.kind == "span":
             logits = hidden.new_full((len(row), 2, longest), -torch.inf, dtype=torch.float32)
             both = torch.stack(self.model.span_logits(hidden[:total]), dim=-1)                       # [tokens, 2]
             return logits.transpose(1, 2).index_put((document_ids[:total].long(), positions[:total].long()), both).transpose(1, 2)
         # The classifier sees the whole batch, zero where another row or rank has the example: so dropout, drawn from the
         # step's seed, meets each example alike wherever it lies.
-        slots = torch.from_numpy(slots).to(self.device)
-        cls = hidden.new_zeros(batch, hidden.size(-1)).index_copy(0, slots, hidden[starts] if self.sizes else hidden)
-        return self.model.classify(cls)[slots]
+        slots, starts, sizes = (torch.from_numpy(x).to(self.device) for x in (slots, starts, lengths))
+        if self.model.config.classifier_pooling == "cls":
+            pooled = hidden[starts]                                                                  # [n, d]
+        else:
+            pooled = hidden.new_zeros(len(row), hidden.size(-1), dtype=torch.float32).index_add(0, document_ids[:total].long(), hidden[:total].float())
+            pooled = (pooled / sizes[:, None]).to(hidden.dtype)
+        return self.model.classify(hidden.new_zeros(batch, hidden.size(-1)).index_copy(0, slots, pooled))[slots]
 
     def padded(self, split: Split, row: np.ndarray) -> Tensor:
         lengths = split.lengths[row]
@@ -969,7 +973,7 @@ def run_task(place: Place, base: Base, data: Data, cells: list[FinetuneConfig], 
             log.write(f"note: {note}")
 
     def make(cell: FinetuneConfig, start: str) -> nn.Module:
-        model = build_model(base, kind, data.classes, cell.seed, random=start == "random weights")
+        model = build_model(base, kind, data.classes, cell.seed, start == "random weights", cell.pooling)
         if kind == "number":  # or the head spends its steps on learning the mean
             head = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == 1][-1]
             nn.init.constant_(head.bias, data.splits["train"].labels.mean())

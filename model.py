@@ -65,6 +65,7 @@ class KBERTConfig(PretrainedConfig):
     unet_skips: bool = option(False, "add the input of layer i to that of layer L - i")
     norm_eps: float = option(1e-6, "added to the mean square in RMSNorm")
     classifier_dropout: float = option(0.1, "probability, before the classifier of a finetuned model")
+    classifier_pooling: str = "mean"  # or "cls": the finetuner's choice
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
@@ -476,7 +477,7 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
 
 
 class KBERTForSequenceClassification(KBERTPreTrainedModel):
-    """One label, several (problem_type "multi_label_classification") or a number (num_labels 1), from the state of [CLS]."""
+    """One label, several (problem_type "multi_label_classification") or a number (num_labels 1), from the mean of a text's states or from that of [CLS]."""
 
     def __init__(self, config: KBERTConfig):
         super().__init__(config)
@@ -487,9 +488,9 @@ class KBERTForSequenceClassification(KBERTPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def classify(self, cls: Tensor) -> Tensor:
-        """States of [CLS] [B, d] -> logits [B, num_labels] fp32."""
-        x = self.dropout(self.norm(F.gelu(self.dense(cls))))
+    def classify(self, pooled: Tensor) -> Tensor:
+        """A state for each text [B, d] -> logits [B, num_labels] fp32."""
+        x = self.dropout(self.norm(F.gelu(self.dense(pooled))))
         return self.classifier(x.to(self.classifier.weight.dtype)).float()
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -501,7 +502,12 @@ class KBERTForSequenceClassification(KBERTPreTrainedModel):
         return F.cross_entropy(logits, labels)
 
     def forward(self, input_ids: Tensor, attention_mask: Optional[Tensor] = None, labels: Optional[Tensor] = None, **kwargs) -> SequenceClassifierOutput:
-        logits = self.classify(self.encoder(input_ids, attention_mask).last_hidden_state[:, 0])
+        hidden = self.encoder(input_ids, attention_mask).last_hidden_state                           # [B, S, d], zero where there is no token
+        if self.config.classifier_pooling == "cls":
+            pooled = hidden[:, 0]
+        else:
+            pooled = hidden.sum(1) / (hidden.size(1) if attention_mask is None else attention_mask.sum(1, keepdim=True))
+        logits = self.classify(pooled)
         return SequenceClassifierOutput(loss=None if labels is None else self.loss(logits, labels), logits=logits)
 
 

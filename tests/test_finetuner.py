@@ -88,10 +88,10 @@ def finished(base, films, tmp_path_factory) -> Path:
     return go(base, tmp_path_factory.mktemp("out"), "--data.dataset", films, "--train.epochs", "4", "--train.compare_random")
 
 
-def make_network(base: str, row_tokens: int = 4096, kind: str = "classes", dropout: float = 0.1) -> tuple[Network, finetuner.Base]:
+def make_network(base: str, row_tokens: int = 4096, kind: str = "classes", dropout: float = 0.1, pooling: str = "mean") -> tuple[Network, finetuner.Base]:
     opened = finetuner.open_base(base, None)
     opened.config["classifier_dropout"] = dropout
-    model = finetuner.build_model(opened, kind, ["a", "b"], seed=1)
+    model = finetuner.build_model(opened, kind, ["a", "b"], seed=1, pooling=pooling)
     return Network(model, opened, kind, FinetuneConfig(row_tokens=row_tokens), torch.device("cpu")), opened
 
 
@@ -105,9 +105,9 @@ def make_split(base: finetuner.Base, number: int = 12) -> finetuner.Split:
 # Batches
 
 
-@pytest.mark.parametrize("kind", ["classes", "span"])
-def test_an_example_does_not_see_what_it_is_packed_with(base, kind):
-    net, opened = make_network(base, kind=kind)
+@pytest.mark.parametrize("kind, pooling", [("classes", "mean"), ("classes", "cls"), ("span", "mean")])
+def test_an_example_does_not_see_what_it_is_packed_with(base, kind, pooling):
+    net, opened = make_network(base, kind=kind, pooling=pooling)
     split = make_split(opened)
     net.train(False)
     with torch.no_grad():
