@@ -293,7 +293,7 @@ def mnli_archive(archive, runs, word_tokenizer, tmp_path_factory) -> Path:
     rng, tmp_path = np.random.default_rng(0), tmp_path_factory.mktemp("mnli")
     words = [word for word in AutoTokenizer.from_pretrained(word_tokenizer).get_vocab() if word[0] != "["]
     (tmp_path / "mnli").mkdir()
-    for split, number in (("train", 24), ("validation_matched", 12), ("validation_mismatched", 6)):
+    for split, number in (("train", 24), ("validation_matched", 300), ("validation_mismatched", 6)):
         rows = [{"premise": " ".join(rng.choice(words, 6)), "hypothesis": " ".join(rng.choice(words, 3)), "label": i % 3} for i in range(number)]
         (tmp_path / "mnli" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tuned = []
