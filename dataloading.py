@@ -266,6 +266,21 @@ class RowStream:
 # Rows -> tensors -> device
 
 
+def in_background(iterator: Iterator, depth: int = 2) -> Iterator:
+    """Runs a generator in a thread of its own, up to `depth` items ahead. What it raises is raised here."""
+    background, end = ThreadPoolExecutor(1), object()  # Python waits for its thread before it exits
+    ahead = deque(background.submit(next, iterator, end) for _ in range(depth))
+    try:
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(background.submit(next, iterator, end))
+            yield item
+    finally:
+        for future in ahead:
+            future.cancel()
+        background.shutdown()
+        iterator.close()
+
+
 @dataclass
 class Row:
     """One rank's row, and what every rank knows of the round of `world_size` rows that it belongs to."""
@@ -303,16 +318,7 @@ class Loader:
         self.shard_starts = np.cumsum([0] + [len(tokens) for tokens in self.stream.tokens])
 
     def __iter__(self) -> Iterator[Row]:
-        rows, background = self._rows(), ThreadPoolExecutor(1)  # Python waits for its thread before it exits
-        ahead = deque(background.submit(next, rows, None) for _ in range(self.rows_ahead))
-        try:
-            while (row := ahead.popleft().result()) is not None:  # what the thread raises is raised here
-                ahead.append(background.submit(next, rows, None))
-                yield row
-        finally:
-            for future in ahead:
-                future.cancel()
-            background.shutdown()
+        return in_background(self._rows(), self.rows_ahead)
 
     def _rows(self) -> Iterator[Row]:
         self.stream, index = self.new_stream(), self.first_index

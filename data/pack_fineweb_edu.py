@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.train_tokenizer import (  # noqa: E402
-    FINEWEB_EDU, add_source_flags, bring_tokenizer, describe_split, in_background, open_source, read_texts, split_of)
-from dataloading import InputError, read_manifest, sha256_of, write_manifest, write_shard  # noqa: E402
+    FINEWEB_EDU, add_source_flags, bring_tokenizer, describe_split, open_source, read_texts, split_of)
+from dataloading import InputError, in_background, read_manifest, sha256_of, write_manifest, write_shard  # noqa: E402
 
 SPLITS = ("train", "valid", "test")
 

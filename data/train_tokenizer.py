@@ -18,17 +18,15 @@ import gzip
 import hashlib
 import lzma
 import os
-import queue
 import shutil
 import sys
-import threading
 import zlib
 from pathlib import Path
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataloading import MAX_VOCAB_SIZE, SPECIAL_TOKENS, InputError, sha256_of  # noqa: E402
+from dataloading import MAX_VOCAB_SIZE, SPECIAL_TOKENS, InputError, in_background, sha256_of  # noqa: E402
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -165,40 +163,6 @@ def split_of(text: str, valid_fraction: float, test_fraction: float) -> str:
 
 def describe_split(valid_fraction: float, test_fraction: float) -> str:
     return f"blake2b-128(text), first 8 bytes / 2^64: valid below {valid_fraction}, test {test_fraction} further, else train"
-
-
-def in_background(iterator, depth: int = 2):
-    """Runs a generator in a thread of its own, up to `depth` items ahead. Its exceptions are raised here."""
-    items, stop, end = queue.Queue(depth), threading.Event(), object()
-
-    def put(item) -> bool:
-        while not stop.is_set():
-            try:
-                items.put(item, timeout=0.2)
-                return True
-            except queue.Full:
-                pass
-        return False
-
-    def run():
-        try:
-            all(put((item, None)) for item in iterator)  # put is False, which ends the loop, once nobody listens
-            put((end, None))
-        except BaseException as error:  # whatever it is, it belongs to the listener
-            put((end, error))
-        finally:
-            iterator.close()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        while (item := items.get())[0] is not end:
-            yield item[0]
-        if item[1] is not None:
-            raise item[1]
-    finally:
-        stop.set()
-        thread.join()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
