@@ -2,7 +2,7 @@
 
     python tests/benchmark.py                                               the micro shape on the embedded sample
     python tests/benchmark.py --data DIR --layers 6 --hidden 384 --heads 6 --intermediate 576
-    python tests/benchmark.py --data DIR ... --train-minutes 15             train both that long: two curves of validation loss
+    python tests/benchmark.py --data DIR ... --train-minutes 15             train both that long, each by its own schedule: curves of validation loss
     python tests/benchmark.py --preset base --data DIR --row-tokens 65536   on a GPU
     python tests/benchmark.py --profile ...                                 our step by kind of kernel
     python tests/benchmark.py --attention --preset base --data DIR ...      FlexAttention against varlen_attn, on a GPU
@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataloading import InputError, Loader, Row, read_manifest  # noqa: E402
 from model import PRESETS, KBERTConfig, KBERTForMaskedLM, attend, flex_mask  # noqa: E402
 from records.baseline.modernbert import Reference  # noqa: E402
+from trainer import PRESETS as TRAINER_PRESETS  # noqa: E402
 from trainer import (ROOT, Clock, Place, TrainConfig, Work, can_compile, draw_masks, lr_factor, make_loss, make_optimizer, mask_count,  # noqa: E402
                      mask_rate, model_config, muon_momentum, peak_flops, processes, validate, warm_up)
 
@@ -87,30 +88,38 @@ def timed(side, rows: list[Row], device: torch.device) -> list[float]:
     return seconds
 
 
-def compare_steps(arguments, config, train, loader, place) -> dict:
-    rows, device = iter(loader), place.device
+def compare_steps(arguments, config, train, new_loader, place) -> dict:
+    device, reference_row_tokens = place.device, arguments.reference_row_tokens or arguments.row_tokens
     train.lr_warmup = 0.0
     variants = [("bucketed", False), ("concatenated", False)] + [("concatenated", True)] * can_compile(device)
     sides = [Ours(config, train, arguments.row_tokens, arguments.max_length, device)]
-    memory = {sides[0].name: peak_memory_mb(device)}
+    memory = {sides[0].name: peak_memory_mb(device)}  # its warm-up is a whole step
     sides += [Reference(config, train, arguments.max_length, device, shape, compiled, 1e-4) for shape, compiled in variants]
-    for side in sides:
-        timed(side, [next(rows) for _ in range(2)], device)
-        memory.setdefault(side.name, peak_memory_mb(device))
-    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
-    tokens = []
-    for _ in range(arguments.rounds):
-        batch = [next(rows) for _ in range(arguments.steps)]
-        tokens += [int(row.round_lengths.sum()) for row in batch]
-        for side in sides:
-            seconds[side.name] += timed(side, batch, device)
-    rates = {name: statistics.median(tokens) / statistics.median(times) for name, times in seconds.items()}
-    best = max((name for name in rates if name != "kbert"), key=rates.get)
-    work, peak = Work(), peak_flops(device)
-    work.add(batch[0].round_lengths, mask_count(MASK_RATE, arguments.row_tokens), config.local_attention_window)
+    rows = {side.name: iter(new_loader() if side is sides[0] else new_loader(reference_row_tokens)) for side in sides}
+    seconds, tokens = ({side.name: [] for side in sides} for _ in range(2))
+    for turn in range(1 + arguments.rounds):  # the first one compiles
+        for side in list(sides):
+            batch = [next(rows[side.name]) for _ in range(arguments.steps if turn else 2)]
+            try:
+                spent = timed(side, batch, device)
+            except torch.OutOfMemoryError:
+                print(f"{side.name} does not fit into the GPU's memory and is left out: lower --reference-row-tokens")
+                sides.remove(side)
+                continue
+            memory.setdefault(side.name, peak_memory_mb(device))
+            if turn:
+                seconds[side.name] += spent
+                tokens[side.name] += [int(row.round_lengths.sum()) for row in batch]
+    rates = {side.name: statistics.median(tokens[side.name]) / statistics.median(seconds[side.name]) for side in sides}
     for name, rate in rates.items():
         print(f"{name:34s} {rate:10,.0f} tokens/s   step {1000 * statistics.median(seconds[name]):8.0f} ms   memory so far {memory[name]:7,.0f} MB")
-    return {"ours_tokens_per_s": round(rates["kbert"]), "reference_tokens_per_s": round(rates[best]), "ratio": round(rates["kbert"] / rates[best], 3),
+    ours = rates.pop("kbert")
+    if not rates:
+        raise InputError("no reference fits into the GPU's memory: lower --reference-row-tokens")
+    best = max(rates, key=rates.get)
+    work, peak = Work(), peak_flops(device)
+    work.add(next(rows["kbert"]).round_lengths, mask_count(MASK_RATE, arguments.row_tokens), config.local_attention_window)
+    return {"ours_tokens_per_s": round(ours), "reference_tokens_per_s": round(rates[best]), "ratio": round(ours / rates[best], 3),
             "reference": best, "variants": {name: round(rate) for name, rate in rates.items()},
             "mfu": round(work.training_flops(config) / statistics.median(seconds["kbert"]) / peak, 4), "ours_peak_memory_mb": round(memory["kbert"])}
 
@@ -246,7 +255,7 @@ def compare_training(arguments, config, train, new_loader, valid, place) -> dict
     ours = Ours(config, train, arguments.row_tokens, arguments.max_length, place.device)
     ours_loss = train_for(ours, new_loader(), valid, train, arguments.row_tokens, place, curves.setdefault("kbert", []))
     row_tokens = arguments.reference_row_tokens or arguments.row_tokens
-    reference_train = TrainConfig(max_minutes=train.max_minutes, lr_warmup=0.06, lr_decay=0.5, mask_rate_start=0.30, mask_rate_end=0.30)
+    reference_train = TrainConfig(max_minutes=arguments.reference_minutes or train.max_minutes, lr_warmup=0.06, lr_decay=0.5, mask_rate_start=0.30, mask_rate_end=0.30)
     losses = {}
     for lr in arguments.reference_lrs:
         reference = Reference(config, reference_train, arguments.max_length, place.device, arguments.reference_shape, arguments.reference_compile, lr)
@@ -256,10 +265,10 @@ def compare_training(arguments, config, train, new_loader, valid, place) -> dict
     best = min(losses, key=losses.get)
     curve = curves["kbert"]
     reached = next((seconds for seconds, _, loss in curve if loss <= losses[best]), None)
-    print(f"validation loss after {train.max_minutes} min: ours {ours_loss:.4f}, ModernBERT {losses[best]:.4f} (best of lr {sorted(losses)}: {best}); "
-          f"ours is below that after {reached} s")
+    print(f"validation loss: ours {ours_loss:.4f} after {train.max_minutes:g} min, ModernBERT {losses[best]:.4f} after {reference_train.max_minutes:g} min "
+          f"(best of lr {sorted(losses)}: {best}); ours is below that after {reached} s")
     return {"ours_loss": ours_loss, "reference_loss": losses[best], "reference_lr": best, "minutes": train.max_minutes,
-            "seconds_to_reference_loss": reached, "curves": curves}
+            "reference_minutes": reference_train.max_minutes, "seconds_to_reference_loss": reached, "curves": curves}
 
 
 def plot(curves: dict[str, list], out: Path) -> None:
@@ -288,10 +297,11 @@ def main() -> None:
     parser.add_argument("--loader", action="store_true", help="measure the loader alone")
     parser.add_argument("--packing", nargs="+", metavar="GLOB", help="measure the packing of these files")
     parser.add_argument("--train-minutes", type=float, help="instead of timing steps, train each side this many minutes")
+    parser.add_argument("--reference-minutes", type=float, help="minutes for the reference, if others: what does ours reach in a part of its time? [--train-minutes]")
     parser.add_argument("--valid-tokens", type=int, default=100_000, help="tokens of text to validate on [100000]")
     parser.add_argument("--reference-lrs", type=float, nargs="+", default=[2.5e-4, 5e-4, 1e-3], help="AdamW's learning rates to try [2.5e-4 5e-4 1e-3]")
     parser.add_argument("--reference-shape", choices=["bucketed", "concatenated"], default="bucketed", help="batches that the reference trains on [bucketed]")
-    parser.add_argument("--reference-row-tokens", type=int, help="tokens in the reference's optimizer step when training [--row-tokens]")
+    parser.add_argument("--reference-row-tokens", type=int, help="tokens in a row and in an optimizer step of the reference [--row-tokens]")
     parser.add_argument("--reference-compile", action="store_true", help="compile the reference when training")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     parser.add_argument("--out", type=Path, help="file to write the JSON object to")
@@ -307,7 +317,8 @@ def main() -> None:
         def new_loader(row_tokens: int = arguments.row_tokens):
             return Loader(directory, manifest, "train", row_tokens, arguments.max_length, seed=1, device=place.device)
         valid = Loader(directory, manifest, "valid", arguments.row_tokens, arguments.max_length, seed=None, max_tokens=arguments.valid_tokens, device=place.device)
-        train = TrainConfig(max_minutes=arguments.train_minutes)
+        schedule = {name.removeprefix("train."): value for name, value in TRAINER_PRESETS[arguments.preset].items() if name.startswith("train.")}
+        train = TrainConfig(**schedule | {"max_minutes": arguments.train_minutes})
         if arguments.loader:
             result = measure_loader(new_loader())
         elif arguments.packing:
@@ -319,7 +330,7 @@ def main() -> None:
         elif arguments.train_minutes:
             result = compare_training(arguments, config, train, new_loader, valid, place)
         else:
-            result = compare_steps(arguments, config, train, new_loader(), place)
+            result = compare_steps(arguments, config, train, new_loader, place)
         device = torch.cuda.get_device_name() if place.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
         result |= {"device": device, "torch": torch.__version__,
                    "shape": {**shape, "vocab_size": config.vocab_size, "row_tokens": arguments.row_tokens, "max_length": arguments.max_length}}
@@ -336,3 +347,5 @@ if __name__ == "__main__":
         main()
     except InputError as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: this does not fit into the GPU's memory: lower --row-tokens")
