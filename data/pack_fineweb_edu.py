@@ -18,9 +18,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
+import multiprocessing
 import os
 import sys
+import threading
+from collections import deque
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +33,46 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.train_tokenizer import (  # noqa: E402
-    FINEWEB_EDU, add_source_flags, bring_tokenizer, describe_split, open_source, read_texts, split_of)
+    FINEWEB_EDU, add_source_flags, backend_of, bring_tokenizer, describe_split, open_source, read_texts, split_of)
 from dataloading import InputError, in_background, read_manifest, sha256_of, write_manifest, write_shard  # noqa: E402
 
 SPLITS = ("train", "valid", "test")
 
 
-def encode(backend, batches):
+@functools.cache
+def backend_in(folder: Path):
+    from transformers import AutoTokenizer
+    return backend_of(AutoTokenizer.from_pretrained(folder))
+
+
+def tokenize(folder: Path, texts: list[str]) -> list[np.ndarray]:
+    return [np.array(encoding.ids, dtype="<u2") for encoding in backend_in(folder).encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def start_workers(folder: Path, count: int) -> ProcessPoolExecutor:
+    """Processes, since the threads of `tokenizers` lose a third to the rest: reading, and turning ids into arrays, which processes do side by side."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    pool = ProcessPoolExecutor(count, initializer=end_with_parent)
+    backend_in(folder)                                  # where processes are forked, they have it too
+    pool.submit(tokenize, folder, []).result()          # forks now, before there are threads
+    return pool
+
+
+def encode(pool: ProcessPoolExecutor, folder: Path, batches, ahead: int):
+    """(texts, ids of each text, position) of every batch, in order, with `ahead` batches under way."""
+    waiting = deque()
     for texts, position in batches:
-        yield texts, backend.encode_batch_fast(texts, add_special_tokens=False), position
+        waiting.append((texts, pool.submit(tokenize, folder, texts), position))
+        while len(waiting) > ahead:
+            texts, ids, position = waiting.popleft()
+            yield texts, ids.result(), position
+    for texts, ids, position in waiting:
+        yield texts, ids.result(), position
 
 
 class ShardWriter:
@@ -47,7 +83,7 @@ class ShardWriter:
         self.cls, self.sep, self.part, self.parts = cls, sep, part, parts
         self.shards, self.pending, self.waiting = {}, {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0)
 
-    def add(self, split: str, ids: list[int]) -> None:
+    def add(self, split: str, ids: np.ndarray) -> None:
         document = np.empty(len(ids) + 2, dtype="<u2")
         document[0], document[1:-1], document[-1] = self.cls, ids, self.sep
         if self.waiting[split] and self.waiting[split] + len(document) > self.shard_size:
@@ -95,10 +131,9 @@ def pack(encoded, writer: ShardWriter, state_path: Path, settings: dict, fractio
     """Moves documents from the stream to the writer; `size` is the characters to come, for the estimate of the time left."""
     tokens = sum(entry["tokens"] for entry in writer.shards.values()) + sum(writer.waiting.values())
     with tqdm(total=max_tokens, initial=tokens, unit="tok", unit_scale=True, desc="packing", mininterval=1) as bar:
-        for texts, encodings, position in encoded:
+        for texts, ids_of_texts, position in encoded:
             shards_before, tokens_before = len(writer.shards), tokens
-            for text, encoding in zip(texts, encodings):
-                ids = encoding.ids
+            for text, ids in zip(texts, ids_of_texts):
                 if max_tokens is not None and tokens + len(ids) + 2 > max_tokens:
                     return
                 writer.add(split_of(text, *fractions), ids)
@@ -130,6 +165,36 @@ def merge_parts(out: Path, parts: int) -> bool:
     return True
 
 
+def pack_source(args: argparse.Namespace, part: int, parts: int, tokenizer: dict, pool: ProcessPoolExecutor, ahead: int) -> None:
+    """One part of the work, from the source to its manifest."""
+    stream, sizes, source = open_source(args)
+    fractions = (args.valid_fraction, args.test_fraction)
+    prefix = args.prefix or ("fwedu" if source.get("dataset") == FINEWEB_EDU else "text")
+    source |= {"prefix": prefix, "shard_size": args.shard_size, "max_tokens": args.max_tokens, "parts": parts}
+    settings = {"format": 1, "tokenizer": tokenizer, "source": source, "split_rule": describe_split(*fractions)}
+    name = "manifest.json" if parts == 1 else f"manifest_part_{part}of{parts}.json"
+
+    if (args.out / name).exists():
+        check_settings(args.out / name, json.loads((args.out / name).read_text()), settings)
+        print(f"{args.out / name}: done already")
+    else:
+        writer = ShardWriter(args.out, prefix, args.shard_size, tokenizer["cls"], tokenizer["sep"], part, parts)
+        state_path = args.out / f"resume_{part}of{parts}.npz"
+        position = writer.restore(state_path, settings) if state_path.exists() else None
+        texts = in_background(read_texts(stream, sizes, args.text_field, args.batch_characters, part, parts, position))
+        max_tokens = None if args.max_tokens is None else args.max_tokens // parts
+        with contextlib.closing(texts):
+            pack(encode(pool, args.out / "tokenizer", texts, ahead), writer, state_path, settings, fractions, max_tokens, sum(sizes) / parts)
+        for split in SPLITS:
+            writer.flush(split)
+        write_json(args.out / name, {**settings, "shards": dict(sorted(writer.shards.items()))})
+        for path in (state_path, state_path.with_suffix(".tmp")):
+            path.unlink(missing_ok=True)
+        for split, fraction in zip(("valid", "test"), fractions):
+            if fraction > 0 and not any(entry["split"] == split for entry in writer.shards.values()):
+                print(f"no document fell to {split}: pack more text, or raise --{split}_fraction", file=sys.stderr)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_source_flags(parser)
@@ -148,33 +213,11 @@ def main() -> None:
     if not 0 <= part < parts:
         raise InputError(f"--shard {args.shard} is not I/N with I from 0 to N - 1, such as 0/4")
 
-    backend, tokenizer = bring_tokenizer(args.tokenizer, args.out)
-    stream, sizes, source = open_source(args)
-    fractions = (args.valid_fraction, args.test_fraction)
-    prefix = args.prefix or ("fwedu" if source.get("dataset") == FINEWEB_EDU else "text")
-    source |= {"prefix": prefix, "shard_size": args.shard_size, "max_tokens": args.max_tokens, "parts": parts}
-    settings = {"format": 1, "tokenizer": tokenizer, "source": source, "split_rule": describe_split(*fractions)}
-    name = "manifest.json" if parts == 1 else f"manifest_part_{part}of{parts}.json"
-
-    if (args.out / name).exists():
-        check_settings(args.out / name, json.loads((args.out / name).read_text()), settings)
-        print(f"{args.out / name}: done already")
-    else:
-        writer = ShardWriter(args.out, prefix, args.shard_size, tokenizer["cls"], tokenizer["sep"], part, parts)
-        state_path = args.out / f"resume_{part}of{parts}.npz"
-        position = writer.restore(state_path, settings) if state_path.exists() else None
-        texts = in_background(read_texts(stream, sizes, args.text_field, args.batch_characters, part, parts, position))
-        max_tokens = None if args.max_tokens is None else args.max_tokens // parts
-        with contextlib.closing(in_background(encode(backend, texts))) as encoded:
-            pack(encoded, writer, state_path, settings, fractions, max_tokens, sum(sizes) / parts)
-        for split in SPLITS:
-            writer.flush(split)
-        write_json(args.out / name, {**settings, "shards": dict(sorted(writer.shards.items()))})
-        for path in (state_path, state_path.with_suffix(".tmp")):
-            path.unlink(missing_ok=True)
-        for split, fraction in zip(("valid", "test"), fractions):
-            if fraction > 0 and not any(entry["split"] == split for entry in writer.shards.values()):
-                print(f"no document fell to {split}: pack more text, or raise --{split}_fraction", file=sys.stderr)
+    _, tokenizer = bring_tokenizer(args.tokenizer, args.out)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, 60)                            # Windows allows no more
+    with start_workers(args.out / "tokenizer", workers) as pool:
+        pack_source(args, part, parts, tokenizer, pool, ahead=2 * workers)
     if parts > 1 and not merge_parts(args.out, parts):
         print(f"{args.out}: manifest.json follows when all {parts} parts are here")
 
@@ -184,3 +227,5 @@ if __name__ == "__main__":
         main()
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
+    except BrokenExecutor:
+        sys.exit("error: a process that tokenizes has died, of too little memory perhaps: run the same command again, it continues")

@@ -57,8 +57,7 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text_field", default="text", help="column that holds the text")
     parser.add_argument("--sample_by", choices=("paragraph", "line", "document"), default="paragraph",
                         help="what one document is in a .txt: a paragraph (up to a blank line), a line, or the whole file")
-    parser.add_argument("--batch_characters", type=int, default=8_000_000,
-                        help="characters that the tokenizer gets at a time: enough to keep every core busy to the batch's end")
+    parser.add_argument("--batch_characters", type=int, default=1_000_000, help="characters read, and by one process tokenized, at a time")
     parser.add_argument("--valid_fraction", type=float, default=0.01, help="share of the documents kept for validation")
     parser.add_argument("--test_fraction", type=float, default=0.01, help="share of the documents kept for testing")
 
@@ -169,9 +168,18 @@ def describe_split(valid_fraction: float, test_fraction: float) -> str:
 # Tokenizers
 
 
+def backend_of(tokenizer):
+    """What encodes texts whole, and takes special tokens in them for plain text."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # a "[MASK]" that somebody wrote is text
+    return backend
+
+
 def bring_tokenizer(name: str, out: Path, max_vocab_size: int = MAX_VOCAB_SIZE):
     """Checks a tokenizer (a folder or Hub id) and copies its files to out/tokenizer as they are: saved anew, they would
-    have another hash. Returns the backend, set to take special tokens in a text for plain text, and the manifest's entry.
+    have another hash. Returns backend_of it, and the manifest's entry.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -193,10 +201,7 @@ def bring_tokenizer(name: str, out: Path, max_vocab_size: int = MAX_VOCAB_SIZE):
     ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in SPECIAL_TOKENS}
     if missing := [kind for kind, token_id in ids.items() if token_id is None and kind != "unk"]:
         raise InputError(f"{name} has no {', '.join(missing)} token: choose another, or run `python data/train_tokenizer.py`")
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True  # a "[MASK]" that somebody wrote is text
+    backend = backend_of(tokenizer)
     written = backend.encode(" ".join(tokenizer.all_special_tokens), add_special_tokens=False).ids
     if set(written) & {ids["cls"], ids["sep"], ids["mask"]}:
         raise InputError(f"{name} makes a special token of the text '[MASK]' even when told not to: choose another tokenizer")

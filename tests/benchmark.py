@@ -213,7 +213,7 @@ def measure_packing(directory: Path, files: list[str]) -> dict:
     seconds, tokenizer = {}, str(directory / "tokenizer")
     source = argparse.ArgumentParser()
     add_source_flags(source)
-    source = source.parse_args(["--files", *files])
+    source = source.parse_args(["--files", *files, "--batch_characters", "8_000_000"])  # enough to keep every thread of `tokenizers` busy to the batch's end
     with tempfile.TemporaryDirectory() as out:
         start = time.perf_counter()
         subprocess.run([sys.executable, ROOT / "data" / "pack_fineweb_edu.py", "--files", *files, "--tokenizer", tokenizer, "--out", out], check=True)

@@ -202,6 +202,17 @@ def pack(source: Path, tokenizer: Path, out: Path, *more) -> None:
     succeed("pack_fineweb_edu.py", *pack_arguments(source, tokenizer, out), *more)
 
 
+def processes_with(argument: Path) -> list[str]:
+    """Their command lines; none where there is no /proc."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += [line for line in [path.read_text()] if str(argument) in line]
+        except OSError:  # it has ended
+            pass
+    return found
+
+
 def test_kill_and_resume(tmp_path, many_files, tokenizer, whole):
     command = [sys.executable, ROOT / "data" / "pack_fineweb_edu.py", *pack_arguments(many_files, tokenizer, tmp_path)]
     for shards in (1, 4):  # killed twice, of ten shards
@@ -212,6 +223,10 @@ def test_kill_and_resume(tmp_path, many_files, tokenizer, whole):
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not (tmp_path / "manifest.json").exists()
+        patience = time.monotonic() + 60
+        while processes_with(tmp_path):  # its workers notice
+            assert time.monotonic() < patience, "a killed packing left processes behind"
+            time.sleep(0.05)
     pack(many_files, tokenizer, tmp_path)
     assert shards_of(tmp_path) == shards_of(whole)
 
