@@ -103,6 +103,8 @@ def compare_steps(arguments, config, train, new_loader, place) -> dict:
             try:
                 spent = timed(side, batch, device)
             except torch.OutOfMemoryError:
+                if side is sides[0]:
+                    raise
                 print(f"{side.name} does not fit into the GPU's memory and is left out: lower --reference-row-tokens")
                 sides.remove(side)
                 continue
