@@ -147,7 +147,7 @@ class FinetuneConfig:
 
 PRESETS = {
     "base": {},
-    "micro": {"data.max_train_examples": 6000, "train.epochs": 2.0, "train.batch_size": 16, "train.lr": 3e-4, "train.compare_random": True},
+    "micro": {"data.max_train_examples": 5000, "train.epochs": 2.0, "train.batch_size": 16, "train.lr": 3e-4, "train.compare_random": True},
 }
 DEFAULT_TASK = {"base": "mnli", "micro": "pairs"}
 
