@@ -32,12 +32,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataloading import InputError, Loader, Row, read_manifest  # noqa: E402
 from model import PRESETS, KBERTConfig, KBERTForMaskedLM, attend, flex_mask  # noqa: E402
-from records.baseline.modernbert import Reference  # noqa: E402
+from records.baseline.modernbert import RECIPE, Reference  # noqa: E402
 from trainer import PRESETS as TRAINER_PRESETS  # noqa: E402
 from trainer import (ROOT, Clock, Place, TrainConfig, Work, can_compile, draw_masks, lr_factor, make_loss, make_optimizer, mask_count,  # noqa: E402
                      mask_rate, model_config, muon_momentum, peak_flops, processes, validate, warm_up)
 
 MASK_RATE = 0.30  # of the timed steps: ModernBERT's
+
+
+def schedule(settings: dict, minutes: float | None) -> TrainConfig:
+    """What a preset of the trainer, or the baseline's recipe, says of training."""
+    return TrainConfig(**{name.removeprefix("train."): value for name, value in settings.items() if name.startswith("train.")} | {"max_minutes": minutes})
 
 
 class Ours:
@@ -257,7 +262,7 @@ def compare_training(arguments, config, train, new_loader, valid, place) -> dict
     ours = Ours(config, train, arguments.row_tokens, arguments.max_length, place.device)
     ours_loss = train_for(ours, new_loader(), valid, train, arguments.row_tokens, place, curves.setdefault("kbert", []))
     row_tokens = arguments.reference_row_tokens or arguments.row_tokens
-    reference_train = TrainConfig(max_minutes=arguments.reference_minutes or train.max_minutes, lr_warmup=0.06, lr_decay=0.5, mask_rate_start=0.30, mask_rate_end=0.30)
+    reference_train = schedule(RECIPE, arguments.reference_minutes or train.max_minutes)
     losses = {}
     for lr in arguments.reference_lrs:
         reference = Reference(config, reference_train, arguments.max_length, place.device, arguments.reference_shape, arguments.reference_compile, lr)
@@ -319,8 +324,7 @@ def main() -> None:
         def new_loader(row_tokens: int = arguments.row_tokens):
             return Loader(directory, manifest, "train", row_tokens, arguments.max_length, seed=1, device=place.device)
         valid = Loader(directory, manifest, "valid", arguments.row_tokens, arguments.max_length, seed=None, max_tokens=arguments.valid_tokens, device=place.device)
-        schedule = {name.removeprefix("train."): value for name, value in TRAINER_PRESETS[arguments.preset].items() if name.startswith("train.")}
-        train = TrainConfig(**schedule | {"max_minutes": arguments.train_minutes})
+        train = schedule(TRAINER_PRESETS[arguments.preset], arguments.train_minutes)
         if arguments.loader:
             result = measure_loader(new_loader())
         elif arguments.packing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import hashlib
 import json
@@ -206,11 +207,9 @@ def processes_with(argument: Path) -> list[str]:
     """Their command lines; none where there is no /proc."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found += [line for line in [path.read_text()] if str(argument) in line]
-        except OSError:  # it has ended
-            pass
-    return found
+        with contextlib.suppress(OSError):  # it has ended
+            found.append(path.read_text())
+    return [line for line in found if str(argument) in line]
 
 
 def test_kill_and_resume(tmp_path, many_files, tokenizer, whole):
