@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from model import (PRESETS, KBERTConfig, KBERTForMaskedLM, KBERTForQuestionAnswering, KBERTForSequenceClassification, KBERTModel, attend,
-                   flex_mask, local_tiles, pack_slots, slot_tiles)
+                   flex_mask, local_tiles, neighbour_bias, pack_slots, rotary_tables, rotate, slot_tiles)
 
 VOCAB = 200
 
@@ -163,6 +163,16 @@ def test_a_fresh_model_starts_as_its_embedding():
     torch.testing.assert_close(model.encoder(ids).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
     assert model.lm_head.weight is model.encoder.embed.weight
     assert [block.input_lambdas.tolist() for block in list(model.encoder.blocks)[1:]] == [[1.0, 0.0]] * 3
+
+
+def test_heads_start_out_attending_to_their_neighbours():
+    model = KBERTForMaskedLM(KBERTConfig(vocab_size=VOCAB, **PRESETS["micro"]))
+    biases = [block.attention.qk_bias for block in model.encoder.blocks]
+    assert [bias is None for bias in biases] == [True, False, False, True]          # global layers look for words wherever they are
+    torch.testing.assert_close(biases[1], neighbour_bias(4, 64, 10_000.0))
+    q, k = (rotate(x.expand(1, 128, 4, 64), *rotary_tables(torch.arange(128), 64, 10_000.0, torch.float32))[0] for x in neighbour_bias(4, 64, 10_000.0))
+    scores = torch.einsum("qhd,khd->hqk", q, k)                                      # of a text that says nothing: biases alone
+    assert (scores.argmax(-1)[:, 10:-10] - torch.arange(10, 118)).unique(dim=1).tolist() == [[-1], [1], [-2], [2]]
 
 
 @pytest.mark.parametrize("cls, auto", [(KBERTModel, "AutoModel"), (KBERTForMaskedLM, "AutoModelForMaskedLM"),

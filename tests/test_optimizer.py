@@ -51,7 +51,7 @@ def test_every_parameter_is_in_one_group_and_muon_has_the_blocks_matrices():
     in_muon = {id(p) for group in optimizer.muon for p in group.parameters}
     for name, p in model.named_parameters():
         assert (id(p) in in_muon) == (".blocks." in name and p.ndim == 2), name
-    assert {group.name: group.rows for group in optimizer.muon} == {"muon.256x256": 4 * 4, "muon.384x256": 2 * 4, "muon.256x384": 4}
+    assert {group.name: group.rows for group in optimizer.muon} == {"muon.64x256": 3 * 4 * 4, "muon.256x256": 4, "muon.384x256": 2 * 4, "muon.256x384": 4}
 
 
 def test_a_zero_gradient_moves_nothing_and_makes_no_nan():
