@@ -3,8 +3,8 @@
     from transformers import AutoModelForMaskedLM
     model = AutoModelForMaskedLM.from_pretrained("USER/NAME", trust_remote_code=True)
 
-Pre-norm blocks of attention (RoPE, QK-norm, value residual) and GeGLU without biases; every third layer attends to the whole
-document, the others to a sliding window; the MLM head is tied to the embedding and soft-capped.
+Pre-norm blocks of attention (RoPE, QK-norm, value residual) and GeGLU; every third layer attends to the whole document, the others
+to a sliding window, where their heads start out at a token's neighbours; the MLM head is tied to the embedding and soft-capped.
 
 Inside, there is no batch and no padding: a row of T tokens holds documents side by side, told apart by `document_ids`.
 The Hugging Face call with input_ids [B, S] and attention_mask [B, S] unpads on the way in and pads again on the way out.
@@ -106,18 +106,18 @@ def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
     return start, end
 
 
-def flex_mask(document_ids: Tensor, window: Optional[int]) -> BlockMask:
-    """BlockMask of a row, from document boundaries alone: the largest table is [T / 128, T / 128]."""
+def flex_mask(document_ids: Tensor, window: Optional[int], size: int = BLOCK) -> BlockMask:
+    """BlockMask of a row in blocks of `size` tokens, from document boundaries alone: the largest table is [T / size, T / size]."""
     T = document_ids.size(0)
     start, end = document_bounds(document_ids)
     token = torch.arange(T, device=document_ids.device)
     low, high = start, end - 1                                                       # [T] first and last key of each query
     if window is not None:
         low, high = torch.maximum(low, token - window), torch.minimum(high, token + window)
-    low, high = low.view(-1, BLOCK), high.view(-1, BLOCK)                            # [C, 128], both ascending
-    block = torch.arange(T // BLOCK, device=document_ids.device)
-    some = (low[:, :1] // BLOCK <= block) & (block <= high[:, -1:] // BLOCK)         # [C, C] some query sees some key
-    every = (low[:, -1:] <= block * BLOCK) & (block * BLOCK + BLOCK - 1 <= high[:, :1])  # [C, C] each query sees each key
+    low, high = low.view(-1, size), high.view(-1, size)                              # [C, size], both ascending
+    block = torch.arange(T // size, device=document_ids.device)
+    some = (low[:, :1] // size <= block) & (block <= high[:, -1:] // size)           # [C, C] some query sees some key
+    every = (low[:, -1:] <= block * size) & (block * size + size - 1 <= high[:, :1])  # [C, C] each query sees each key
 
     def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
         order = blocks.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
@@ -127,7 +127,7 @@ def flex_mask(document_ids: Tensor, window: Optional[int]) -> BlockMask:
         same = document_ids[q] == document_ids[k]
         return same if window is None else same & ((q - k).abs() <= window)
 
-    return BlockMask.from_kv_blocks(*listed(some & ~every), *listed(every), BLOCK_SIZE=BLOCK, mask_mod=visible)
+    return BlockMask.from_kv_blocks(*listed(some & ~every), *listed(every), BLOCK_SIZE=size, mask_mod=visible)
 
 
 # Where FlexAttention cannot train (CPUs, old GPUs) the same attention is computed by plain batched products over tiles: blocks of

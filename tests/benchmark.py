@@ -28,10 +28,11 @@ import time
 from pathlib import Path
 
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataloading import InputError, Loader, Row, read_manifest  # noqa: E402
-from model import PRESETS, KBERTConfig, KBERTForMaskedLM, attend, flex_mask  # noqa: E402
+from model import PRESETS, KBERTConfig, KBERTForMaskedLM, flex_mask  # noqa: E402
 from records.baseline.modernbert import RECIPE, Reference  # noqa: E402
 from trainer import PRESETS as TRAINER_PRESETS  # noqa: E402
 from trainer import (ROOT, Clock, Place, TrainConfig, Work, can_compile, draw_masks, lr_factor, make_loss, make_optimizer, mask_count,  # noqa: E402
@@ -167,7 +168,7 @@ def profile_step(arguments, config, train, loader, place) -> dict:
 
 
 def compare_attention(arguments, config, loader, place) -> dict:
-    """Forward and backward of one layer's attention on a real row: FlexAttention, mask included, against varlen_attn."""
+    """Forward and backward of one layer's attention on a real row: FlexAttention in blocks of 128 and 64 tokens, mask included, against varlen_attn."""
     from torch.nn.attention.varlen import varlen_attn
     if place.device.type != "cuda":
         raise InputError("--attention needs a GPU: FlexAttention has no backward on a CPU")
@@ -176,25 +177,38 @@ def compare_attention(arguments, config, loader, place) -> dict:
     ends = torch.bincount(row.document_ids).cumsum(0)
     cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
     longest = int(cu_seqlens.diff().max())
-    flex = torch.compile(lambda q, k, v, window: attend(q, k, v, flex_mask(row.document_ids, window), 0.12))
+
+    def flex(size: int, **kernel_options):
+        def call(q, k, v, window):
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            mask = flex_mask(row.document_ids, window, size)
+            return flex_attention(q, k, v, block_mask=mask, scale=0.12, kernel_options=kernel_options).transpose(1, 2)
+
+        return torch.compile(call)
 
     def varlen(q, k, v, window):
         sides = (-1, -1) if window is None else (window, window)
         return varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, longest, longest, scale=0.12, window_size=sides)[None]
 
-    result = {}
+    # The kernel's own tiles must fit into the mask's blocks: a local layer then computes 192 keys for a query, not 384
+    tiles = dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), 64)
+    ways, result = {"flex": flex(128), "flex, blocks of 64": flex(64, **tiles), "varlen": varlen}, {}
     for window in (config.local_attention_window // 2, None):
-        seconds: dict[str, list[float]] = {"flex": [], "varlen": []}
+        expected = ways["flex"](q, k, v, window).detach()
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(23):
-            for name, call in (("flex", flex), ("varlen", varlen)):
+            for name, call in ways.items():
                 torch.cuda.synchronize()
                 start = time.perf_counter()
-                call(q, k, v, window).sum().backward()
+                out = call(q, k, v, window)
+                out.sum().backward()
                 torch.cuda.synchronize()
                 if turn >= 3:  # compiled, and warm
                     seconds[name].append(time.perf_counter() - start)
+                elif (error := float((out - expected).norm() / expected.norm())) > 0.01:
+                    raise InputError(f"{name} differs from flex by {error:.3f} at window {window}: its figure would mean nothing")
         times = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
-        print(f"window {window}: FlexAttention {times['flex']:.2f} ms, varlen_attn {times['varlen']:.2f} ms, ratio {times['varlen'] / times['flex']:.2f}")
+        print(f"window {window}: " + ", ".join(f"{name} {spent:.2f} ms ({spent / times['flex']:.2f} of flex's)" for name, spent in times.items()))
         result["global" if window is None else "local"] = {name: round(value, 3) for name, value in times.items()}
     return {"attention_ms": result}
 
@@ -300,7 +314,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side [5]")
     parser.add_argument("--steps", type=int, default=3, help="timed steps in a turn [3]")
     parser.add_argument("--profile", action="store_true", help="measure our step by kind of kernel")
-    parser.add_argument("--attention", action="store_true", help="measure one layer's attention by two ways, on a GPU")
+    parser.add_argument("--attention", action="store_true", help="measure one layer's attention in three ways, on a GPU")
     parser.add_argument("--loader", action="store_true", help="measure the loader alone")
     parser.add_argument("--packing", nargs="+", metavar="GLOB", help="measure the packing of these files")
     parser.add_argument("--train-minutes", type=float, help="instead of timing steps, train each side this many minutes")

@@ -91,15 +91,16 @@ def test_slots_hold_every_token_once_and_documents_whole(lengths):
         assert inside == -(-length // longest)
 
 
+@pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("window", [8, 64, 200, None])
-def test_flex_mask_lists_every_visible_pair_and_no_more(window):
+def test_flex_mask_lists_every_visible_pair_and_no_more(window, size):
     _, documents, _ = row_of([300, 20, 129, 63, 500])
     token = torch.arange(len(documents))
     visible = documents[:, None] == documents
     if window is not None:
         visible &= (token[:, None] - token).abs() <= window
-    blocks = visible.view(len(documents) // 128, 128, -1, 128).transpose(1, 2)
-    mask = flex_mask(documents, window)
+    blocks = visible.view(len(documents) // size, size, -1, size).transpose(1, 2)
+    mask = flex_mask(documents, window, size)
     listed, full = torch.zeros_like(blocks[:, :, 0, 0]), torch.zeros_like(blocks[:, :, 0, 0])
     for row in range(len(listed)):
         listed[row, mask.kv_indices[0, 0, row, : mask.kv_num_blocks[0, 0, row]]] = True
