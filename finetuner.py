@@ -250,9 +250,12 @@ def build_model(base: Base, kind: str, classes: list[str], seed: int, random: bo
     if random:
         return make(config)
     try:
-        return cls.from_pretrained(base.name, config=config, ignore_mismatched_sizes=True, dtype=torch.float32)
+        model, loading = cls.from_pretrained(base.name, config=config, ignore_mismatched_sizes=True, dtype=torch.float32, output_loading_info=True)
     except OSError as error:
         raise InputError(f"cannot load the weights of {base.name} ({first_line(error.__cause__ or error)}): give --train.base_model a finished model") from error
+    if missing := sorted(key for key in loading["missing_keys"] if base.kbert and key.startswith("encoder.")):  # they would be fresh, without a word
+        raise InputError(f"{base.name} has no {missing[0]}: it was trained by another model.py; finetune it with the checkout that trained it")
+    return model
 
 
 def set_trainable(model: nn.Module, trainable: str) -> None:

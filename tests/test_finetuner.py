@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM,
                           ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast, pipeline)
@@ -576,6 +578,14 @@ def test_bad_input_is_said_in_one_sentence(base, films, tmp_path):
     assert "no file or folder" in said("--data.dataset", str(tmp_path / "nothing.csv"))
     assert "nothing to tell apart" in said("--data.dataset", write_jsonl(tmp_path / "one", train=[{**row, "label": 1} for row in make_rows(20, 1)]))
     assert not (tmp_path / "out").exists()                                  # none of them left a run behind
+
+
+def test_a_model_of_another_model_py_is_refused(base, films, tmp_path):
+    shutil.copytree(base, tmp_path / "older")
+    weights = load_file(tmp_path / "older" / "model.safetensors")
+    save_file({name: tensor for name, tensor in weights.items() if "qk_bias" not in name}, tmp_path / "older" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="has no encoder.blocks.1.attention.qk_bias: it was trained by another model.py"):
+        go(str(tmp_path / "older"), tmp_path, "--data.dataset", films)
 
 
 def test_bad_input_ends_every_rank(base, tmp_path):
