@@ -32,7 +32,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataloading import InputError, Loader, Row, read_manifest  # noqa: E402
-from model import PRESETS, KBERTConfig, KBERTForMaskedLM, flex_mask  # noqa: E402
+from model import PRESETS, KBERTConfig, KBERTForMaskedLM, attend, flex_mask  # noqa: E402
 from records.baseline.modernbert import RECIPE, Reference  # noqa: E402
 from trainer import PRESETS as TRAINER_PRESETS  # noqa: E402
 from trainer import (ROOT, Clock, Place, TrainConfig, Work, can_compile, draw_masks, lr_factor, make_loss, make_optimizer, mask_count,  # noqa: E402
@@ -178,21 +178,21 @@ def compare_attention(arguments, config, loader, place) -> dict:
     cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
     longest = int(cu_seqlens.diff().max())
 
-    def flex(size: int, **kernel_options):
-        def call(q, k, v, window):
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            mask = flex_mask(row.document_ids, window, size)
-            return flex_attention(q, k, v, block_mask=mask, scale=0.12, kernel_options=kernel_options).transpose(1, 2)
+    def flex(q, k, v, window):
+        return attend(q, k, v, flex_mask(row.document_ids, window), 0.12)
 
-        return torch.compile(call)
+    # In blocks of 64 a local layer computes 192 keys for a query, not 384; the kernel's own tiles must fit into them
+    tiles = dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), 64)
+
+    def flex_64(q, k, v, window):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return flex_attention(q, k, v, block_mask=flex_mask(row.document_ids, window, 64), scale=0.12, kernel_options=tiles).transpose(1, 2)
 
     def varlen(q, k, v, window):
         sides = (-1, -1) if window is None else (window, window)
         return varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, longest, longest, scale=0.12, window_size=sides)[None]
 
-    # The kernel's own tiles must fit into the mask's blocks: a local layer then computes 192 keys for a query, not 384
-    tiles = dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), 64)
-    ways, result = {"flex": flex(128), "flex, blocks of 64": flex(64, **tiles), "varlen": varlen}, {}
+    ways, result = {"flex": torch.compile(flex), "flex, blocks of 64": torch.compile(flex_64), "varlen": varlen}, {}
     for window in (config.local_attention_window // 2, None):
         expected = ways["flex"](q, k, v, window).detach()
         seconds: dict[str, list[float]] = {name: [] for name in ways}
