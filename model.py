@@ -495,8 +495,9 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
         Only these positions reach the vocabulary: at 15% masking and V = 50k that saves more than any fused kernel.
         """
         logits = self.logits(self.encoder.encode(input_ids, document_ids, positions, max_seqlen, window, slots, wanted=masked))      # [N, V]
-        # Cross-entropy without subtracting the maximum, which the soft cap bounds
-        own = logits.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+        # Cross-entropy without subtracting the maximum, which the soft cap bounds, and without a gather, whose gradient
+        # is a matrix of zeros as large as the logits (17 ms of a step of 1.15 s on 2 cores)
+        own = torch.where(torch.arange(logits.size(1), device=logits.device) == targets[:, None], logits, 0.0).sum(-1)
         return torch.where(targets >= 0, logits.exp().sum(-1).log() - own, 0.0).sum()
 
     def forward(self, input_ids: Tensor, attention_mask: Optional[Tensor] = None, labels: Optional[Tensor] = None, **kwargs) -> MaskedLMOutput:
