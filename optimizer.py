@@ -32,15 +32,27 @@ POLAR_EXPRESS = (
 )
 
 
-def polar_express(gradient: Tensor) -> Tensor:
-    """[n, r, c] -> bf16 [n, r, c]: about U V^T of each matrix's singular value decomposition U S V^T; zero stays zero."""
+def polar_express(gradient: Tensor, steps: int = len(POLAR_EXPRESS)) -> Tensor:
+    """[n, r, c] -> bf16 [n, r, c]: about U V^T of each matrix's singular value decomposition U S V^T; zero stays zero.
+
+    Five steps leave singular values between 0.86 and 1.14 of those between 1e-3 and 1; three leave them between 0.13 and 1.87.
+    """
     tall = gradient.size(-2) > gradient.size(-1)
     x = (gradient.mT if tall else gradient).bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
-    for a, b, c in POLAR_EXPRESS:
+    for a, b, c in POLAR_EXPRESS[:steps]:
         gram = x @ x.mT                                          # [n, min(r, c), min(r, c)]
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def descend(p: Tensor, update: Tensor, lr: Tensor, decay: Tensor) -> None:
+    """p -= lr * update, and cautious weight decay: only where it agrees with the update (Chen et al. 2025). p, update [n].
+
+    A function of tensors alone, to be compiled: 3 ms where its single operations took 19 (17M parameters, 2 cores).
+    """
+    update = update.float()
+    p.mul_(1 - decay * (update * p > 0)).sub_(lr * update)
 
 
 class Group:
@@ -67,26 +79,22 @@ class Group:
 
     def exchange(self, update: Tensor) -> None:
         """Starts handing every rank's [share, ...] updates to all."""
-        update = update.bfloat16()
+        update = update.bfloat16().contiguous()
         self.stack, self.pending = update, None
         if self.world_size > 1:
             self.stack = update.new_empty(self.share * self.world_size, *self.row)
-            self.pending = dist.all_gather_into_tensor(self.stack, update.contiguous(), async_op=True)
+            self.pending = dist.all_gather_into_tensor(self.stack, update, async_op=True)
 
     def wait(self) -> None:
         if self.pending is not None:
             self.pending.wait()
 
     @torch.no_grad()
-    def apply(self, lr: float, decay: float) -> None:
-        """parameter -= lr * update, and cautious weight decay: only where it agrees with the update (Chen et al. 2025)."""
-        at = 0
+    def apply(self, rule, lr: float, decay: float) -> None:
+        at, lr, decay = 0, torch.tensor(lr), torch.tensor(decay)  # numbers would be compiled in
         for p in self.parameters:
             rows = p.numel() // math.prod(self.row)
-            update = self.stack[at : at + rows].reshape(p.shape).float()
-            if decay:
-                p.mul_(1 - decay * (update * p > 0))
-            p.sub_(update, alpha=lr)
+            rule(p.view(-1), self.stack[at : at + rows].view(-1), lr, decay)
             at += rows
         del self.stack, self.gradient
 
@@ -111,9 +119,9 @@ class Group:
 class Muon(Group):
     """Nesterov momentum, orthogonalised (Jordan et al. 2024), then normalised by neuron (Li et al. 2025, "NorMuon")."""
 
-    def __init__(self, name, parameters, row, rank, world_size, *, lr: float, weight_decay: float, beta2: float):
+    def __init__(self, name, parameters, row, rank, world_size, *, lr: float, weight_decay: float, beta2: float, polar_steps: int):
         super().__init__(name, parameters, row, rank, world_size)
-        self.lr, self.weight_decay, self.beta2 = lr, weight_decay, beta2
+        self.lr, self.weight_decay, self.beta2, self.polar_steps = lr, weight_decay, beta2, polar_steps
         self.scale = max(1.0, row[0] / row[1]) ** 0.5            # a tall matrix may change its output as much as a square one
         self.inputs = -1 if row[0] >= row[1] else -2             # the second moment is kept along the longer side
         momentum = torch.zeros(self.share, *row, device=parameters[0].device)
@@ -123,7 +131,7 @@ class Muon(Group):
     def update(self, momentum: float) -> Tensor:
         gradient = self.gradient
         self.state["momentum"].lerp_(gradient, 1 - momentum)
-        update = polar_express(gradient.lerp(self.state["momentum"], momentum))
+        update = polar_express(gradient.lerp(self.state["momentum"], momentum), self.polar_steps)
         squares = torch.linalg.vector_norm(update, dim=self.inputs, keepdim=True, dtype=torch.float32).square()      # of each neuron
         # A matrix behind a zero-initialised one has no gradient at step 0, hence the clamps.
         second_moment = self.state["second_moment"].lerp_(squares / update.size(self.inputs), 1 - self.beta2).clamp_min(1e-10)
@@ -133,7 +141,7 @@ class Muon(Group):
 
 
 def adam_update(gradient: Tensor, momentum: Tensor, second_moment: Tensor, unbias: Tensor, beta1: float, beta2: float, eps: float) -> Tensor:
-    """unbias [2]: 1 - beta^step of each moment. A function of tensors alone, to be compiled: eagerly, every operation is a pass through memory."""
+    """unbias [2]: 1 - beta^step of each moment. To be compiled, as `descend`."""
     momentum.lerp_(gradient, 1 - beta1)
     second_moment.lerp_(gradient.square(), 1 - beta2)
     return ((momentum / unbias[0]) / ((second_moment / unbias[1]).sqrt() + eps)).bfloat16()
@@ -156,7 +164,7 @@ class Adam(Group):
 class Optimizer:
     """All groups of a model. Matrices are the 2-d weights of its blocks; the embedding (with the tied head), and the rest, go to Adam."""
 
-    def __init__(self, model: nn.Module, *, rank: int, world_size: int, muon_lr: float, muon_weight_decay: float, muon_beta2: float,
+    def __init__(self, model: nn.Module, *, rank: int, world_size: int, muon_lr: float, muon_weight_decay: float, muon_beta2: float, muon_polar_steps: int,
                  embed_lr: float, embed_betas: tuple[float, float], scalar_lr: float, scalar_betas: tuple[float, float], adam_eps: float, compiled: bool = False):
         embeddings, others, matrices = [], [], {}
         is_embedding = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -169,14 +177,15 @@ class Optimizer:
                 matrices.setdefault((p.size(0) // stacked[id(p)], p.size(1)), []).append(p)
             else:
                 others.append(p)
-        self.muon = [Muon(f"muon.{r}x{c}", group, (r, c), rank, world_size, lr=muon_lr, weight_decay=muon_weight_decay, beta2=muon_beta2)
-                     for (r, c), group in sorted(matrices.items())]
+        self.muon = [Muon(f"muon.{r}x{c}", group, (r, c), rank, world_size, lr=muon_lr, weight_decay=muon_weight_decay, beta2=muon_beta2,
+                          polar_steps=muon_polar_steps) for (r, c), group in sorted(matrices.items())]
         self.adam = [Adam(f"adam.{name}", group, rank, world_size, lr=lr, weight_decay=0.0, betas=betas, eps=adam_eps,
                           compiled=compiled and name == "embed")
                      for name, group, lr, betas in (("embed", embeddings, embed_lr, embed_betas), ("rest", others, scalar_lr, scalar_betas))
                      if group]
         grouped = [id(p) for group in self.groups for p in group.parameters]
         assert sorted(grouped) == sorted(id(p) for p in model.parameters()), "every parameter belongs to exactly one group"
+        self.descend = torch.compile(descend, dynamic=True) if compiled else descend  # one kernel for all lengths
         self.steps = 0
 
     @property
@@ -198,7 +207,7 @@ class Optimizer:
         for group in self.groups:
             group.wait()
             lr = group.lr * lr_factor
-            group.apply(lr, lr * lr * group.weight_decay)
+            group.apply(self.descend, lr, lr * lr * group.weight_decay)
             for p in group.parameters:
                 p.grad = None
 

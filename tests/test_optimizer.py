@@ -36,7 +36,7 @@ def test_polar_express_of_deficient_and_zero_matrices():
 
 
 def settings(**changed) -> dict:
-    return {**dict(muon_lr=0.02, muon_weight_decay=1.0, muon_beta2=0.95, embed_lr=0.01, embed_betas=(0.7, 0.95), scalar_lr=0.01,
+    return {**dict(muon_lr=0.02, muon_weight_decay=1.0, muon_beta2=0.95, muon_polar_steps=5, embed_lr=0.01, embed_betas=(0.7, 0.95), scalar_lr=0.01,
                    scalar_betas=(0.9, 0.95), adam_eps=1e-10), **changed}
 
 
