@@ -71,7 +71,7 @@ class TrainConfig:
     muon_lr: float = option(0.03, "learning rate of the blocks' matrices, in spectral norm")
     muon_weight_decay: float = option(1.0, "cautious weight decay of the matrices; a step shrinks by lr^2 times this")
     muon_beta2: float = option(0.95, "decay of NorMuon's second moment, a step")
-    muon_polar_steps: int = option(5, "products of the iteration that orthogonalises an update, 1 to 5")
+    muon_polar_steps: int = option(5, "steps of the iteration that orthogonalises an update, 1 to 5")
     embed_lr: float = option(0.008, "learning rate of the embedding and tied head")
     embed_betas: tuple[float, float] = option((0.7, 0.95), "Adam's decays for the embedding, a step")
     scalar_lr: float = option(0.01, "learning rate of everything else")
@@ -132,7 +132,8 @@ PRESETS = {
         "train.mask_rate_start": 0.40, "train.mask_rate_end": 0.30,
         # With 1,400 words to guess in a step, a rare word's gradient is noise, which Adam would blow up to full size: 400 steps of a
         # longer run gave 4.65 with this epsilon, a seventh of what one occurrence gives, where 1e-10 gave 4.71
-        "train.adam_eps": 1e-4, "train.lr_warmup": 0.0,
+        "train.adam_eps": 1e-4,
+        "train.lr_warmup": 0.0,  # its first step would be one of rate zero
         "train.muon_polar_steps": 3,  # no worse at these sizes (4.70 for 4.71), and 5% of a step less at 6 x 384 on 2 cores
     },
     "small": _shape("small"),
