@@ -107,7 +107,11 @@ def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def flex_mask(document_ids: Tensor, window: Optional[int], size: int = BLOCK) -> BlockMask:
-    """BlockMask of a row in blocks of `size` tokens, from document boundaries alone: the largest table is [T / size, T / size]."""
+    """BlockMask of a row in blocks of `size` tokens, from document boundaries alone: the largest table is [T / size, T / size].
+
+    The keys that a query sees are contiguous, and so are the blocks that some, or all, of a block's queries see. Seeing is mutual,
+    so each table serves the backward too. Sorting blocks into these tables took the GPU's compiler longer than all of the model.
+    """
     T = document_ids.size(0)
     start, end = document_bounds(document_ids)
     token = torch.arange(T, device=document_ids.device)
@@ -115,19 +119,21 @@ def flex_mask(document_ids: Tensor, window: Optional[int], size: int = BLOCK) ->
     if window is not None:
         low, high = torch.maximum(low, token - window), torch.minimum(high, token + window)
     low, high = low.view(-1, size), high.view(-1, size)                              # [C, size], both ascending
-    block = torch.arange(T // size, device=document_ids.device)
-    some = (low[:, :1] // size <= block) & (block <= high[:, -1:] // size)           # [C, C] some query sees some key
-    every = (low[:, -1:] <= block * size) & (block * size + size - 1 <= high[:, :1])  # [C, C] each query sees each key
-
-    def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        order = blocks.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
-        return blocks.sum(-1, dtype=torch.int32)[None, None].contiguous(), order.to(torch.int32)[None, None].contiguous()
+    first, behind = low[:, :1] // size, high[:, -1:] // size + 1                     # [C, 1] first <= block < behind: some query sees some key
+    full, full_end = (low[:, -1:] + size - 1) // size, (high[:, :1] + 1) // size     # [C, 1] full <= block < full_end: each query sees each key
+    full, full_end = (torch.where(full < full_end, x, behind) for x in (full, full_end))
+    block = torch.arange(T // size, device=document_ids.device)                      # [C]
+    partial = torch.where(block < full - first, first + block, full_end - full + first + block)      # [C, C] before the full ones, then behind them
+    counts, indices = zip((behind - first - full_end + full, partial), (full_end - full, full + block))
+    counts = [x.view(1, 1, -1).int() for x in counts]
+    indices = [x.clamp(max=T // size - 1).int()[None, None] for x in indices]
 
     def visible(b, h, q, k):
         same = document_ids[q] == document_ids[k]
         return same if window is None else same & ((q - k).abs() <= window)
 
-    return BlockMask.from_kv_blocks(*listed(some & ~every), *listed(every), BLOCK_SIZE=size, mask_mod=visible)
+    tables = (counts[0], indices[0], counts[1], indices[1])
+    return BlockMask((T, T), *tables, *tables, BLOCK_SIZE=(size, size), mask_mod=visible)
 
 
 # Where FlexAttention cannot train (CPUs, old GPUs) the same attention is computed by plain batched products over tiles: blocks of

@@ -101,12 +101,13 @@ def test_flex_mask_lists_every_visible_pair_and_no_more(window, size):
         visible &= (token[:, None] - token).abs() <= window
     blocks = visible.view(len(documents) // size, size, -1, size).transpose(1, 2)
     mask = flex_mask(documents, window, size)
-    listed, full = torch.zeros_like(blocks[:, :, 0, 0]), torch.zeros_like(blocks[:, :, 0, 0])
-    for row in range(len(listed)):
-        listed[row, mask.kv_indices[0, 0, row, : mask.kv_num_blocks[0, 0, row]]] = True
-        full[row, mask.full_kv_indices[0, 0, row, : mask.full_kv_num_blocks[0, 0, row]]] = True
-    assert (full == blocks.all(-1).all(-1)).all() and not (full & listed).any()
-    assert (listed | full)[blocks.any(-1).any(-1)].all()
+    for way, wanted in (("kv", blocks), ("q", blocks.permute(1, 0, 3, 2))):  # the forward's tables, the backward's
+        some, every = torch.zeros_like(wanted[:, :, 0, 0]), torch.zeros_like(wanted[:, :, 0, 0])
+        for row in range(len(some)):
+            for table, found in ((way, some), (f"full_{way}", every)):
+                found[row, getattr(mask, f"{table}_indices")[0, 0, row, : getattr(mask, f"{table}_num_blocks")[0, 0, row]]] = True
+        assert (every == wanted.all(-1).all(-1)).all() and not (every & some).any()
+        assert (some | every)[wanted.any(-1).any(-1)].all()
     assert (mask.mask_mod(None, None, token[:, None], token) == visible).all()
 
 
