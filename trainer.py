@@ -755,13 +755,16 @@ def make_loss(model: KBERTForMaskedLM, compiled: bool):
     return loss_of
 
 
-def warm_up(model, loss_of, optimizer: Optimizer, windows: list[int], row_tokens: int, max_length: int, device: torch.device) -> None:
-    """Compiles every kernel on random documents, takes a step of length 0, and leaves model and optimizer as they were."""
+def warm_up(model, loss_of, optimizer: Optimizer, windows: list[int], row_tokens: int, masked: int, max_length: int, device: torch.device) -> None:
+    """Compiles every kernel on random documents, takes a step of length 0, and leaves model and optimizer as they were.
+
+    masked: the most positions that a row will have to predict, so that a row which fits here fits throughout.
+    """
     token = torch.arange(row_tokens, device=device, dtype=torch.int32)
     input_ids = token * 31 % model.config.vocab_size
-    masked = torch.arange(0, row_tokens, 5, device=device)[: mask_count(0.15, row_tokens)]
+    where = torch.arange(masked, device=device)
     for window in windows:
-        loss_of(input_ids, token // max_length, token % max_length, masked, input_ids[masked].long(), max_seqlen=max_length, window=window).backward()
+        loss_of(input_ids, token // max_length, token % max_length, where, input_ids[where].long(), max_seqlen=max_length, window=window).backward()
     optimizer.step(lr_factor=0.0, momentum=0.0)
     optimizer.reset()
 
@@ -864,7 +867,9 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
     started = time.perf_counter()
     full_window = config.local_attention_window
     windows = sorted({local_window(p / 1000, train, full_window) for p in range(1001)})
-    row_tokens = fit_row_tokens(train, place, lambda size: warm_up(model, loss_of, optimizer, windows, size, data.max_length, device))
+    most_masked = max(train.mask_rate_start, train.mask_rate_end)
+    row_tokens = fit_row_tokens(train, place, lambda size: warm_up(model, loss_of, optimizer, windows, size, mask_count(most_masked, size),
+                                                                   data.max_length, device))
     rows_per_rank = train.grad_accum or train.batch_tokens // (row_tokens * place.world_size)
     compile_seconds = time.perf_counter() - started
 
