@@ -110,7 +110,7 @@ def flex_mask(document_ids: Tensor, window: Optional[int], size: int = BLOCK) ->
     """BlockMask of a row in blocks of `size` tokens, from document boundaries alone: the largest table is [T / size, T / size].
 
     The keys that a query sees are contiguous, and so are the blocks that some, or all, of a block's queries see. Seeing is mutual,
-    so each table serves the backward too. Sorting blocks into these tables took the GPU's compiler longer than all of the model.
+    so each table serves the backward too. Sorting blocks into these tables took a GPU's compiler as long as seven layers.
     """
     T = document_ids.size(0)
     start, end = document_bounds(document_ids)
@@ -124,15 +124,14 @@ def flex_mask(document_ids: Tensor, window: Optional[int], size: int = BLOCK) ->
     full, full_end = (torch.where(full < full_end, x, behind) for x in (full, full_end))
     block = torch.arange(T // size, device=document_ids.device)                      # [C]
     partial = torch.where(block < full - first, first + block, full_end - full + first + block)      # [C, C] before the full ones, then behind them
-    counts, indices = zip((behind - first - full_end + full, partial), (full_end - full, full + block))
-    counts = [x.view(1, 1, -1).int() for x in counts]
-    indices = [x.clamp(max=T // size - 1).int()[None, None] for x in indices]
+    tables: list[Tensor] = []  # of partial blocks, then of full ones: how many each block of queries sees, and which
+    for count, blocks in ((behind - first - (full_end - full), partial), (full_end - full, full + block)):
+        tables += [count.view(1, 1, -1).int(), blocks.clamp(max=T // size - 1).int()[None, None]]
 
     def visible(b, h, q, k):
         same = document_ids[q] == document_ids[k]
         return same if window is None else same & ((q - k).abs() <= window)
 
-    tables = (counts[0], indices[0], counts[1], indices[1])
     return BlockMask((T, T), *tables, *tables, BLOCK_SIZE=(size, size), mask_mod=visible)
 
 
