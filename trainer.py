@@ -758,16 +758,16 @@ def make_loss(model: KBERTForMaskedLM, compiled: bool):
     return loss_of
 
 
-def warm_up(model, loss_of, optimizer: Optimizer, windows: list[int], row_tokens: int, masked: int, max_length: int, device: torch.device) -> None:
+def warm_up(model, loss_of, optimizer: Optimizer, train: TrainConfig, row_tokens: int, max_length: int, device: torch.device) -> None:
     """Compiles every kernel on random documents, takes a step of length 0, and leaves model and optimizer as they were.
 
-    masked: the most positions that a row will have to predict, so that a row which fits here fits throughout.
+    With as many masked positions as the run will ever have, so that a row which fits here fits throughout.
     """
     token = torch.arange(row_tokens, device=device, dtype=torch.int32)
     input_ids = token * 31 % model.config.vocab_size
-    where = torch.arange(masked, device=device)
-    for window in windows:
-        loss_of(input_ids, token // max_length, token % max_length, where, input_ids[where].long(), max_seqlen=max_length, window=window).backward()
+    masked = torch.arange(mask_count(max(train.mask_rate_start, train.mask_rate_end), row_tokens), device=device)
+    for window in sorted({local_window(p / 1000, train, model.config.local_attention_window) for p in range(1001)}):
+        loss_of(input_ids, token // max_length, token % max_length, masked, input_ids[masked].long(), max_seqlen=max_length, window=window).backward()
     optimizer.step(lr_factor=0.0, momentum=0.0)
     optimizer.reset()
 
@@ -868,11 +868,7 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
 
     # --- compile, measure what fits, and put everything back
     started = time.perf_counter()
-    full_window = config.local_attention_window
-    windows = sorted({local_window(p / 1000, train, full_window) for p in range(1001)})
-    most_masked = max(train.mask_rate_start, train.mask_rate_end)
-    row_tokens = fit_row_tokens(train, place, lambda size: warm_up(model, loss_of, optimizer, windows, size, mask_count(most_masked, size),
-                                                                   data.max_length, device))
+    row_tokens = fit_row_tokens(train, place, lambda size: warm_up(model, loss_of, optimizer, train, size, data.max_length, device))
     rows_per_rank = train.grad_accum or train.batch_tokens // (row_tokens * place.world_size)
     compile_seconds = time.perf_counter() - started
 
@@ -967,7 +963,7 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
             dist.all_reduce(agreed, dist.ReduceOp.MAX)
             now, stop = agreed.tolist()
         progress = min(1.0, now / (60 * train.max_minutes) if train.max_minutes is not None else step / train.steps)
-        window = local_window(progress, train, full_window)
+        window = local_window(progress, train, config.local_attention_window)
         done = progress >= 1
 
         if done or stop or (train.valid_every and step % train.valid_every == 0) or (train.save_every and step and step % train.save_every == 0):

@@ -59,8 +59,7 @@ class Ours:
         compiled = can_compile(device)
         self.optimizer = make_optimizer(self.model, train, rank=0, world_size=1, compiled=compiled)
         self.loss_of = make_loss(self.model, compiled)
-        warm_up(self.model, self.loss_of, self.optimizer, [config.local_attention_window], row_tokens,
-                mask_count(MASK_RATE, row_tokens), max_length, device)
+        warm_up(self.model, self.loss_of, self.optimizer, train, row_tokens, max_length, device)
 
     def gradients(self, row: Row, count: int) -> torch.Tensor:
         input_ids, masked, targets = draw_masks(row, count, 1, self.config.mask_token_id)
