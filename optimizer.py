@@ -134,7 +134,7 @@ class Muon(Group):
         gradient = self.gradient
         self.state["momentum"].lerp_(gradient, 1 - momentum)
         update = polar_express(gradient.lerp(self.state["momentum"], momentum), self.polar_steps)
-        squares = torch.linalg.vector_norm(update, dim=self.inputs, keepdim=True, dtype=torch.float32).square()      # of each neuron
+        squares = update.float().square_().sum(self.inputs, keepdim=True)                                            # of each neuron
         # A matrix behind a zero-initialised one has no gradient at step 0, hence the clamps.
         second_moment = self.state["second_moment"].lerp_(squares / update.size(self.inputs), 1 - self.beta2).clamp_min(1e-10)
         # What the normalisation does to the matrix's norm follows from its neurons' norms, and is taken back.
