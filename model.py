@@ -498,10 +498,12 @@ class KBERTModel(KBERTPreTrainedModel):
 SLICE_BYTES = {"cpu": 2**23, "cuda": 2**27}  # of logits at a time
 
 
-def soft_capped(x: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """x / sqrt(1 + (x / cap)^2), and the slope there. The usual tanh took 175 ms more of a 2.3 s step on 2 cores."""
-    root = torch.rsqrt(1 + (x * (1 / cap)).square())
-    return x * root, root * root * root
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """What logits x are multiplied by to stay within plus and minus cap: 1 / sqrt(1 + (x / cap)^2), whose cube is the capped logit's slope.
+
+    The usual tanh took 175 ms more of a 2.3 s step on 2 cores.
+    """
+    return torch.rsqrt(1 + (x * (1 / cap)).square())
 
 
 def loss_and_gradient(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
@@ -510,12 +512,12 @@ def loss_and_gradient(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
     Without subtracting the maximum, which the soft cap bounds. The target's gradient is made by itself: to compare every word with the target costs half as much again.
     """
     target, there = targets.clamp(min=0)[:, None], (targets >= 0)[:, None]
-    own, own_slope = soft_capped(logits.gather(1, target).float(), cap)              # [n, 1]
-    x, slope = soft_capped(logits.float(), cap)                                      # [n, V]
-    weights = x.exp()
+    own, x = logits.gather(1, target).float(), logits.float()                        # [n, 1], [n, V]
+    own_factor, factor = soft_cap(own, cap), soft_cap(x, cap)
+    own, weights = own * own_factor, (x * factor).exp()
     total = weights.sum(-1, keepdim=True)
-    own_gradient = torch.where(there, (own.exp() / total - 1) * own_slope, 0.0)
-    logits.copy_(weights * slope * (there / total)).scatter_(1, target, own_gradient.to(logits.dtype))
+    own_gradient = torch.where(there, (own.exp() / total - 1) * own_factor**3, 0.0)
+    logits.copy_(weights * factor**3 * (there / total)).scatter_(1, target, own_gradient.to(logits.dtype))
     return torch.where(there, total.log() - own, 0.0).sum()
 
 
@@ -560,7 +562,8 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., V]."""
-        return soft_capped(self.lm_head(hidden).float(), self.config.logit_softcap)[0][..., : self.config.vocab_size]
+        x = self.lm_head(hidden)[..., : self.config.vocab_size].float()
+        return x * soft_cap(x, self.config.logit_softcap)
 
     def head_loss(self, hidden: Tensor, targets: Tensor, rule=loss_and_gradient) -> Tensor:
         """Summed cross-entropy of the states hidden [N, d] with targets [N] int64, -100 where there is none. rule: loss_and_gradient, compiled or not."""

@@ -764,7 +764,7 @@ def make_loss(model: KBERTForMaskedLM, compiled: bool):
 
     def loss_of(input_ids, document_ids, positions, masked, targets, *, max_seqlen, window):
         slots = pack_slots(document_ids, max_seqlen) if backend == "blockwise" else None
-        any_length(masked, *([] if slots is None else [slots]))
+        any_length(masked) if slots is None else any_length(masked, slots)
         return model.head_loss(encode(input_ids, document_ids, positions, max_seqlen, window // 2, slots, masked), targets, rule)
 
     return loss_of
