@@ -495,9 +495,6 @@ class KBERTModel(KBERTPreTrainedModel):
         return BaseModelOutput(last_hidden_state=x.view(B, S, -1))
 
 
-SLICE_BYTES = {"cpu": 2**23, "cuda": 2**27}  # of logits at a time
-
-
 def soft_cap(x: Tensor, cap: float) -> Tensor:
     """What logits x are multiplied by to stay within plus and minus cap: 1 / sqrt(1 + (x / cap)^2), whose cube is the capped logit's slope.
 
@@ -506,43 +503,34 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
     return torch.rsqrt(1 + (x * (1 / cap)).square())
 
 
-def loss_and_gradient(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """Summed cross-entropy of logits [n, V], not yet capped, with targets [n]; the gradient takes the logits' place.
-
-    Without subtracting the maximum, which the soft cap bounds. The target's gradient is made by itself: to compare every word with the target costs half as much again.
-    """
-    target, there = targets.clamp(min=0)[:, None], (targets >= 0)[:, None]
-    own, x = logits.gather(1, target).float(), logits.float()                        # [n, 1], [n, V]
-    own_factor, factor = soft_cap(own, cap), soft_cap(x, cap)
-    own, weights = own * own_factor, (x * factor).exp()
-    total = weights.sum(-1, keepdim=True)
-    own_gradient = torch.where(there, (own.exp() / total - 1) * own_factor**3, 0.0)
-    logits.copy_(weights * factor**3 * (there / total)).scatter_(1, target, own_gradient.to(logits.dtype))
-    return torch.where(there, total.log() - own, 0.0).sum()
-
-
 class HeadLoss(torch.autograd.Function):
-    """Cross-entropy behind the tied head, in slices whose logits are still in the cache when their gradient is made (Hsu et al. 2024, "Liger Kernel").
+    """Summed cross-entropy behind the tied head: hidden [N, d], weight [V padded, d], targets [N] int64, -100 where there is none.
 
-    A step takes 5% less than by autograd on all logits at once (micro and 6 x 384, 1,440 of 4,096 tokens, V = 16k, 2 cores with AMX).
+    Each logit is read once: softmax goes without subtracting the maximum, which the soft cap bounds, and the gradient is stored before its
+    rows are divided by their sums; in the backward's products the hidden states are divided instead. A step takes 9% less than by autograd
+    (micro; 5% at 6 x 384; 1,440 of 4,096 tokens, V = 16k, 2 cores with AMX).
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, vocab_size: int, rule) -> Tensor:
-        gradient, hidden_gradient, loss = hidden.new_empty(hidden.size(0), weight.size(0)), torch.empty_like(hidden), 0.0
-        slices = -(-gradient.nbytes // SLICE_BYTES[hidden.device.type])
-        for x, target, logits, x_gradient in zip(*(x.tensor_split(slices) for x in (hidden, targets, gradient, hidden_gradient))):
-            torch.mm(x, weight.t(), out=logits)                                      # [n, V padded]
-            loss = loss + rule(logits[:, :vocab_size], target, cap)
-            logits[:, vocab_size:] = 0.0
-            torch.mm(logits, weight, out=x_gradient)
-        ctx.save_for_backward(hidden, gradient, hidden_gradient)
-        return loss
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, vocab_size: int) -> Tensor:
+        target, there = targets.clamp(min=0)[:, None], targets >= 0                  # [N, 1], [N]
+        logits = hidden @ weight.t()                                                 # [N, V padded]
+        own, x = logits.gather(1, target)[:, 0].float(), logits.float()
+        own_factor, factor = soft_cap(own, cap), soft_cap(x, cap)
+        own = own * own_factor                                                       # [N] the target's logit
+        word = torch.arange(weight.size(0), device=weight.device, dtype=torch.int32)
+        weights = torch.where(word < vocab_size, (x * factor).exp(), 0.0)
+        total = weights.sum(-1)                                                      # [N]
+        own_gradient = (own.exp() - total) * own_factor**3
+        gradient = (weights * factor**3).to(logits.dtype).scatter(1, target, own_gradient[:, None].to(logits.dtype))
+        ctx.save_for_backward(hidden, weight, gradient, there / total)
+        return torch.where(there, total.log() - own, 0.0).sum()
 
     @staticmethod
-    def backward(ctx, scale: Tensor):
-        hidden, gradient, hidden_gradient = ctx.saved_tensors
-        return hidden_gradient * scale, gradient.t() @ (hidden * scale), None, None, None, None
+    def backward(ctx, upstream: Tensor):
+        hidden, weight, gradient, scale = ctx.saved_tensors
+        scale = (scale * upstream)[:, None]                                          # [N, 1]
+        return ((gradient @ weight) * scale).to(hidden.dtype), gradient.t() @ (hidden * scale).to(hidden.dtype), None, None, None
 
 
 class KBERTForMaskedLM(KBERTPreTrainedModel):
@@ -565,17 +553,14 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
         x = self.lm_head(hidden)[..., : self.config.vocab_size].float()
         return x * soft_cap(x, self.config.logit_softcap)
 
-    def head_loss(self, hidden: Tensor, targets: Tensor, rule=loss_and_gradient) -> Tensor:
-        """Summed cross-entropy of the states hidden [N, d] with targets [N] int64, -100 where there is none. rule: loss_and_gradient, compiled or not."""
-        return HeadLoss.apply(hidden, self.lm_head.weight.to(hidden.dtype), targets, self.config.logit_softcap, self.config.vocab_size, rule)
-
     def loss(self, input_ids: Tensor, document_ids: Tensor, positions: Tensor, masked: Tensor, targets: Tensor,
              max_seqlen: int, window: Optional[int] = None, slots: Optional[Tensor] = None) -> Tensor:
         """Summed cross-entropy of one row at its masked positions [N].
 
         Only these positions reach the vocabulary: at 15% masking and V = 50k that saves more than any fused kernel.
         """
-        return self.head_loss(self.encoder.encode(input_ids, document_ids, positions, max_seqlen, window, slots, wanted=masked), targets)
+        hidden = self.encoder.encode(input_ids, document_ids, positions, max_seqlen, window, slots, wanted=masked)   # [N, d]
+        return HeadLoss.apply(hidden, self.lm_head.weight.to(hidden.dtype), targets, self.config.logit_softcap, self.config.vocab_size)
 
     def forward(self, input_ids: Tensor, attention_mask: Optional[Tensor] = None, labels: Optional[Tensor] = None, **kwargs) -> MaskedLMOutput:
         logits = self.logits(self.encoder(input_ids, attention_mask).last_hidden_state)              # [B, S, V]

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from dataloading import SCAN_TOKENS, InputError, Loader, Row, read_manifest, read_shard, sha256_of
 from model import PRESETS as MODEL_PRESETS
-from model import KBERTConfig, KBERTForMaskedLM, compiled_backend, loss_and_gradient, option, pack_slots
+from model import KBERTConfig, KBERTForMaskedLM, compiled_backend, option, pack_slots
 from optimizer import POLAR_EXPRESS, Optimizer
 
 ROOT = Path(__file__).resolve().parent
@@ -752,20 +752,13 @@ def make_loss(model: KBERTForMaskedLM, compiled: bool):
     if not compiled:
         return lambda *row, max_seqlen, window: model.loss(*row, max_seqlen, window // 2)
     backend = model.encoder.attention_backend = compiled_backend(model.device)
-    encode, compiled_rule = torch.compile(model.encoder.encode, dynamic=False), torch.compile(loss_and_gradient, dynamic=False)
-
-    def any_length(*tensors: torch.Tensor) -> None:
-        for tensor in tensors:
-            torch._dynamo.mark_dynamic(tensor, 0)
-
-    def rule(logits, targets, cap):
-        any_length(logits, targets)
-        return compiled_rule(logits, targets, cap)
+    compiled_loss = torch.compile(model.loss, dynamic=False)
 
     def loss_of(input_ids, document_ids, positions, masked, targets, *, max_seqlen, window):
         slots = pack_slots(document_ids, max_seqlen) if backend == "blockwise" else None
-        any_length(masked) if slots is None else any_length(masked, slots)
-        return model.head_loss(encode(input_ids, document_ids, positions, max_seqlen, window // 2, slots, masked), targets, rule)
+        for tensor in (masked, targets) if slots is None else (masked, targets, slots):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        return compiled_loss(input_ids, document_ids, positions, masked, targets, max_seqlen, window // 2, slots)
 
     return loss_of
 
