@@ -209,6 +209,13 @@ def test_metrics_have_a_value_when_a_class_is_never_predicted():
     assert finetuner.measure(("pearson", "spearman"), np.arange(4.0), np.ones(4)) == {"pearson": 0.0, "spearman": 0.0}
 
 
+def test_figures_of_the_results_stand_apart():
+    cell = {"median": -0.0461, "min": -0.0481, "max": -0.0441, "n": 2}
+    lines = finetuner.results_table({"pretrained": {"validation": {"pearson": cell, "spearman": cell}}}).splitlines()
+    assert lines[1].split("  ")[-1].strip() == "-0.0461 (-0.0481 to -0.0441)" and lines[1].count("  -0.0461 (-0.0481 to -0.0441)") == 2
+    assert len(lines[0]) == len(lines[1])
+
+
 def test_glue_averages():
     medians = {"mnli": {"validation_matched": {"accuracy": 0.8}, "validation_mismatched": {"accuracy": 0.9}},
                "mrpc": {"test_labelled": {"accuracy": 0.7, "f1": 0.8}}, "stsb": {"validation": {"pearson": 0.1, "spearman": 0.6}}}
