@@ -1,0 +1,355 @@
+"""Shards -> documents -> windows -> packed rows -> device. Knows nothing of the model.
+
+    shard      the .bin of llm.c and modded-nanogpt: 256 int32 of header (20240520, 1, number of tokens), then uint16 tokens
+    document   [CLS] tokens ... [SEP], contiguous in a shard
+    window     a document, or a piece of one that is longer than `max_length`, with a [CLS] and a [SEP] of its own
+    row        what one forward takes: whole windows side by side, `row_tokens` in all, padding only at the end
+
+The sequence of rows is a function of (seed, data) alone; rank r of W takes rows r, r + W, r + 2W, ... of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: shards and the manifest beside them
+
+SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
+HEADER_BYTES = 4 * HEADER_INTS
+MAX_VOCAB_SIZE = 2**16  # tokens are stored as uint16
+SPECIAL_TOKENS = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]", "unk": "[UNK]"}
+
+
+class InputError(ValueError):
+    """Input that cannot be used. The message is one sentence: what is wrong, where, and the command that mends it."""
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Memory-maps a shard: [number of tokens] uint16. Raises InputError when magic, version or size are wrong."""
+    size = path.stat().st_size if path.exists() else 0
+    if size < HEADER_BYTES:
+        raise InputError(f"{path} is missing or shorter than a shard's header: build or download it again")
+    magic, version, num_tokens = (int(x) for x in np.fromfile(path, dtype="<i4", count=3))
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        raise InputError(f"{path} is not a token shard (magic {magic}, version {version}): build or download it again")
+    if size != HEADER_BYTES + 2 * num_tokens:
+        raise InputError(f"{path} is truncated ({size:,} bytes, its header asks for {HEADER_BYTES + 2 * num_tokens:,}): "
+                         "delete it and build or download it again")
+    if num_tokens == 0:  # an empty file cannot be mapped
+        return np.empty(0, dtype="<u2")
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Writes a shard under a temporary name, then renames it: a shard that exists is whole."""
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(header.tobytes())
+        file.write(np.ascontiguousarray(tokens, dtype="<u2").tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(directory: Path) -> dict:
+    """The manifest of a folder of shards, checked against the files it names.
+
+    {"format": 1,
+     "tokenizer": {"name", "sha256" (of tokenizer/tokenizer.json), "vocab_size", "cls", "sep", "pad", "mask", "unk"},
+     "source": {...}, "split_rule": "...",
+     "shards": {file name: {"split": "train" | "valid" | "test" (labelled sets: as in the set), "tokens", "documents", "sha256"}}}
+    """
+    path = directory / "manifest.json"
+    if not path.exists():
+        raise InputError(f"no manifest.json in {directory}: run `python data/download_fineweb_edu.py --out {directory}`, "
+                         f"or pack your own text with `python data/pack_fineweb_edu.py --out {directory} ...`")
+    try:
+        manifest = json.loads(path.read_text())
+        shards, vocab_size = manifest["shards"], manifest["tokenizer"]["vocab_size"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a manifest ({error!r}): delete it and build the data again") from error
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise InputError(f"{path}: a vocabulary of {vocab_size:,} does not fit in uint16 shards: use one of at most {MAX_VOCAB_SIZE:,}")
+    tokenizer = directory / "tokenizer" / "tokenizer.json"
+    if tokenizer.exists() and sha256_of(tokenizer) != manifest["tokenizer"]["sha256"]:
+        raise InputError(f"{tokenizer} is not the tokenizer that {path} names: pack the text again with the tokenizer you want")
+    for name, entry in shards.items():
+        if len(read_shard(directory / name)) != entry["tokens"]:
+            raise InputError(f"{directory / name} does not have the {entry['tokens']:,} tokens that manifest.json names: build or download it again")
+    return manifest
+
+
+def write_manifest(directory: Path, manifest: dict) -> None:
+    temporary = directory / "manifest.json.tmp"
+    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+    os.replace(temporary, directory / "manifest.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents and windows
+
+SCAN_TOKENS = 1 << 24  # tokens looked at together: 32 MB at a time, whatever the shard's size
+
+
+def find_windows(tokens: np.ndarray, max_length: int, cls: int, sep: int) -> tuple[np.ndarray, np.ndarray]:
+    """The windows of a shard: (start, length) of their text, [windows] each, without the [CLS] and [SEP] they will get.
+
+    A document whose text is longer than max_length - 2 is cut into the fewest pieces, of equal length to one token.
+    A shard may begin in the middle of a document, and its last document may lack its [SEP].
+    """
+    chunks = [cls_at + lo for lo in range(0, len(tokens), SCAN_TOKENS)
+              if len(cls_at := np.flatnonzero(tokens[lo : lo + SCAN_TOKENS] == cls))]
+    cls_at = np.concatenate([[-1], *chunks]).astype(np.int64)  # -1: a [CLS] before the shard, for a document that began in another
+    start = cls_at + 1
+    end = np.append(cls_at[1:], len(tokens))
+    end -= (end > start) & (tokens[np.maximum(end - 1, 0)] == sep) if len(tokens) else 0
+    length = end - start                                                                             # [documents]
+
+    pieces = -(-length // (max_length - 2))
+    document = np.repeat(np.arange(len(length)), pieces)                                             # [windows]
+    piece = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    low = length[document] * piece // pieces[document]
+    high = length[document] * (piece + 1) // pieces[document]
+    return start[document] + low, high - low
+
+
+def check_vocabulary(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    largest = max((int(tokens[lo : lo + SCAN_TOKENS].max()) for lo in range(0, len(tokens), SCAN_TOKENS)), default=0)
+    if largest >= vocab_size:
+        raise InputError(f"{path} holds token id {largest}, beyond the vocabulary of {vocab_size}: pack it again with its manifest's tokenizer")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows -> rows
+
+LOOK_AHEAD = 512  # windows to choose from when closing a row. Padding on real text at 8k rows: see tests/test_dataloading.py
+
+
+class RowStream:
+    """The global sequence of rows, as lists of windows (shard, start, length of text); no token is touched here.
+
+    Windows are taken in the order drawn while the next one fits; then the row is closed by best fit among the
+    LOOK_AHEAD windows that follow. (Best fit from the start would hand out all long windows first.)
+    `state` is the position after the last row: plain ints, independent of the number of ranks.
+    """
+
+    def __init__(self, shards: list[Path], specials: dict, row_tokens: int, max_length: int, seed: int | None,
+                 max_tokens: int | None = None, state: dict | None = None):
+        """seed None: one epoch in the order on disk, up to max_tokens of text. Otherwise: endless epochs, shuffled."""
+        if max_length > row_tokens:
+            raise InputError(f"max_length {max_length} is longer than a row of {row_tokens} tokens: "
+                             "lower --data.max_length or raise --train.row_tokens")
+        if max_length < 3:
+            raise InputError(f"max_length {max_length} leaves no room for text between [CLS] and [SEP]: raise --data.max_length")
+        self.shards, self.specials = shards, specials
+        self.row_tokens, self.max_length, self.seed, self.text_left = row_tokens, max_length, seed, max_tokens
+        self.tokens = [read_shard(path) for path in shards]
+        self.checked: set[int] = set()
+        state = state or {"epoch": 0, "shard": 0, "cursor": 0, "pool": []}
+        self.epoch, self.shard, self.cursor = state["epoch"], state["shard"], state["cursor"]
+        self._start_pool([tuple(window) for window in state["pool"]])
+        self._start_epoch()
+
+    @property
+    def state(self) -> dict:
+        waiting = [window for number, window in self.pool if number not in self.taken]
+        return {"epoch": self.epoch, "shard": self.shard, "cursor": self.cursor, "pool": waiting}
+
+    def _start_epoch(self) -> None:
+        order = np.arange(len(self.shards))
+        if self.seed is not None:
+            np.random.default_rng([self.seed, self.epoch]).shuffle(order)
+        self.order = order.tolist()
+        self._open_shard()
+
+    def _open_shard(self) -> None:
+        """Draws the order of the windows of the epoch's self.shard-th shard."""
+        self.windows: list[tuple[int, int, int]] = []
+        if self.shard >= len(self.order):
+            return
+        shard = self.order[self.shard]
+        tokens = self.tokens[shard]
+        if shard not in self.checked:
+            check_vocabulary(self.shards[shard], tokens, self.specials["vocab_size"])
+            self.checked.add(shard)
+        start, length = find_windows(tokens, self.max_length, self.specials["cls"], self.specials["sep"])
+        if self.seed is not None:
+            order = np.random.default_rng([self.seed, self.epoch, shard]).permutation(len(start))
+            start, length = start[order], length[order]
+        elif self.text_left is not None:
+            keep = np.cumsum(length) - length < self.text_left
+            start, length = start[keep], length[keep]
+            self.text_left -= int(length.sum())
+        self.windows = list(zip([shard] * len(start), start.tolist(), length.tolist()))
+
+    # The pool: windows drawn and not yet placed, in the order drawn and by length.
+
+    def _start_pool(self, windows: list[tuple[int, int, int]]) -> None:
+        self.pool: deque[tuple[int, tuple[int, int, int]]] = deque()
+        self.taken: set[int] = set()  # numbers in the pool that best fit has placed ahead of their turn
+        self.by_length: dict[int, deque] = {}
+        self.lengths = 0  # bit n is set when a window of n tokens, specials included, waits
+        self.drawn = 0
+        for window in windows:
+            self._put(window)
+
+    def _put(self, window: tuple[int, int, int]) -> None:
+        size = window[2] + 2
+        self.pool.append((self.drawn, window))
+        self.by_length.setdefault(size, deque()).append((self.drawn, window))
+        self.lengths |= 1 << size
+        self.drawn += 1
+
+    def _fill_pool(self) -> None:
+        while len(self.pool) - len(self.taken) < LOOK_AHEAD and self.shard < len(self.order):
+            if self.cursor < len(self.windows):
+                self._put(self.windows[self.cursor])
+                self.cursor += 1
+            else:
+                self.shard, self.cursor = self.shard + 1, 0
+                self._open_shard()
+
+    def _take(self, room: int) -> tuple[int, int, int] | None:
+        """The next window in turn if it fits into `room` tokens, else the longest that fits, else None."""
+        while self.pool and self.pool[0][0] in self.taken:
+            self.taken.remove(self.pool.popleft()[0])
+        if not self.pool:
+            return None
+        size = self.pool[0][1][2] + 2
+        if size > room:
+            size = (self.lengths & ((2 << room) - 1)).bit_length() - 1
+            if size < 0:
+                return None
+        number, window = self.by_length[size].popleft()  # of one length, the first drawn: if in turn, the pool's head
+        if not self.by_length[size]:
+            self.lengths ^= 1 << size
+        self.taken.add(number)
+        return window
+
+    def next_row(self) -> list[tuple[int, int, int]] | None:
+        """The windows of the next row; None at the end of a stream that has one."""
+        for _ in range(2):
+            row, room = [], self.row_tokens
+            self._fill_pool()
+            while (window := self._take(room)) is not None:
+                row.append(window)
+                room -= window[2] + 2
+                self._fill_pool()
+            if row:
+                return row
+            if self.seed is None:
+                return None
+            self.epoch, self.shard, self.cursor = self.epoch + 1, 0, 0
+            self._start_epoch()
+        raise InputError(f"no document with text in {[str(path) for path in self.shards]}: pack some text first")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows -> tensors -> device
+
+
+def in_background(iterator: Iterator, depth: int = 2) -> Iterator:
+    """Runs a generator in a thread of its own, up to `depth` items ahead. What it raises is raised here."""
+    background, end = ThreadPoolExecutor(1), object()  # Python waits for its thread before it exits
+    ahead = deque(background.submit(next, iterator, end) for _ in range(depth))
+    try:
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(background.submit(next, iterator, end))
+            yield item
+    finally:
+        for future in ahead:
+            future.cancel()
+        background.shutdown()
+        iterator.close()
+
+
+@dataclass
+class Row:
+    """One rank's row, and what every rank knows of the round of `world_size` rows that it belongs to."""
+
+    index: int                    # number of the row in the global sequence
+    input_ids: torch.Tensor       # [T] int32, corrupted by nobody yet
+    document_ids: torch.Tensor    # [T] int32, ascending; padding is the last document
+    positions: torch.Tensor       # [T] int32, restarting at 0 in each document
+    text: torch.Tensor            # [T] bool, False at [CLS], [SEP] and padding
+    offsets: np.ndarray           # [T] int64, where each token of text lies in the shards, -1 elsewhere
+    round_text: list[int]         # [W] tokens of text in each of the round's rows
+    round_lengths: np.ndarray     # [documents of the round's rows] tokens in each, specials included
+    state: dict                   # position of the loader after this round
+
+
+class Loader:
+    """Iterates over this rank's rows, from the first each time; a background thread packs, pins and copies them ahead of the step.
+
+    A round is `world_size` consecutive rows, one a rank. A stream that ends fills its last round with empty rows.
+    Restoring `state` (of any row, under any number of ranks) continues at the exact next row.
+    """
+
+    def __init__(self, directory: Path, manifest: dict, split: str, row_tokens: int, max_length: int, *, seed: int | None,
+                 rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu", max_tokens: int | None = None,
+                 state: dict | None = None, rows_ahead: int = 16):
+        shards = [directory / name for name, entry in manifest["shards"].items() if entry["split"] == split]
+        if not shards:
+            raise InputError(f"{directory / 'manifest.json'} lists no {split} shards: download or pack them, for example "
+                             f"`python data/pack_fineweb_edu.py --out {directory}`")
+        self.specials = manifest["tokenizer"]
+        self.row_tokens, self.rank, self.world_size, self.device, self.rows_ahead = row_tokens, rank, world_size, torch.device(device), rows_ahead
+        self.first_index = state["index"] if state else 0
+        self.new_stream = lambda: RowStream(shards, self.specials, row_tokens, max_length, seed, max_tokens, state)
+        self.stream = self.new_stream()  # now, so that what cannot be fed is said here
+        self.shard_starts = np.cumsum([0] + [len(tokens) for tokens in self.stream.tokens])
+
+    def __iter__(self) -> Iterator[Row]:
+        return in_background(self._rows(), self.rows_ahead)
+
+    def _rows(self) -> Iterator[Row]:
+        self.stream, index = self.new_stream(), self.first_index
+        while True:
+            rounds = [self.stream.next_row() or [] for _ in range(self.world_size)]
+            if not any(rounds):
+                return
+            state = {"index": index + self.world_size, **self.stream.state}
+            yield self._build(index + self.rank, rounds[self.rank], rounds, state)
+            index += self.world_size
+
+    def _build(self, index: int, windows: list[tuple[int, int, int]], rounds: list[list], state: dict) -> Row:
+        size = self.row_tokens
+        input_ids = np.full(size, self.specials["pad"], dtype=np.int32)
+        offsets = np.full(size, -1, dtype=np.int64)
+        at = 0
+        for shard, start, length in windows:
+            input_ids[at] = self.specials["cls"]
+            input_ids[at + 1 : at + 1 + length] = self.stream.tokens[shard][start : start + length]
+            input_ids[at + 1 + length] = self.specials["sep"]
+            first = self.shard_starts[shard] + start
+            offsets[at + 1 : at + 1 + length] = np.arange(first, first + length)
+            at += length + 2
+        lengths = np.array([length + 2 for _, _, length in windows] + [size - at], dtype=np.int64)
+        document_ids = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        positions = np.arange(size, dtype=np.int32) - np.repeat(np.cumsum(lengths) - lengths, lengths).astype(np.int32)
+
+        def to_device(array: np.ndarray) -> torch.Tensor:
+            tensor = torch.from_numpy(array)
+            return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+
+        return Row(index, to_device(input_ids), to_device(document_ids), to_device(positions), to_device(offsets >= 0), offsets,
+                   round_text=[sum(length for _, _, length in row) for row in rounds],
+                   round_lengths=np.array([length + 2 for row in rounds for _, _, length in row], dtype=np.int64), state=state)

@@ -1,0 +1,232 @@
+"""Muon for the blocks' matrices and Adam for everything else, both sharded over ranks.
+
+Every rank holds all parameters. In a step
+    1. gradients are summed over ranks, each rank receiving its share of the rows (reduce-scatter, all groups under way at once),
+    2. each rank turns its share into updates, with the optimizer state that only it keeps,
+    3. updates are exchanged (all-gather, in bf16) and every rank applies all of them.
+
+A group is one stack of rows: for Muon a row is a matrix [r, c] and all matrices of one shape are orthogonalised by the same
+batched products; for Adam a row is a single number. The stack is padded with zeros to a multiple of the world size, so any
+number of matrices goes with any number of ranks.
+
+Bytes that a rank sends in a step, for P parameters on W ranks: (4 + 2) * P * (W - 1) / W, and a little for padding. The Adam groups'
+sums travel while Muon's stacks are built; each group's updates travel while the next group is orthogonalised.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# Amsel et al. 2025, "The Polar Express": five steps, for singular values between 1e-3 and 1, each polynomial the best one
+# for what the steps before it leave. The input is divided by a little more than its norm, for bf16's sake.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_express(gradient: Tensor, steps: int = len(POLAR_EXPRESS)) -> Tensor:
+    """[n, r, c] -> bf16 [n, r, c]: about U V^T of each matrix's singular value decomposition U S V^T; zero stays zero.
+
+    Five steps leave singular values between 0.86 and 1.14 of those between 1e-3 and 1; three leave them between 0.13 and 1.87.
+    """
+    tall = gradient.size(-2) > gradient.size(-1)
+    x = (gradient.mT if tall else gradient).bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in POLAR_EXPRESS[:steps]:
+        gram = x @ x.mT                                          # [n, min(r, c), min(r, c)]
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def descend(p: Tensor, update: Tensor, rates: Tensor) -> None:
+    """p -= lr * update, and cautious weight decay: only where it agrees with the update (Chen et al. 2025).
+
+    p, update [n], rates [2]: lr and decay. A function of tensors alone, to be compiled: 3 ms where its single operations took 19
+    (17M parameters, 2 cores).
+    """
+    update = update.float()
+    p.mul_(1 - rates[1] * (update * p > 0)).sub_(rates[0] * update)
+
+
+class Group:
+    """Parameters whose gradients form one stack of `rows` rows of shape `row`, sharded over ranks."""
+
+    def __init__(self, name: str, parameters: list[nn.Parameter], row: tuple[int, ...], rank: int, world_size: int):
+        self.name, self.parameters, self.row, self.rank, self.world_size = name, parameters, row, rank, world_size
+        self.rows = sum(p.numel() for p in parameters) // math.prod(row)
+        self.share = -(-self.rows // world_size)                 # rows of each rank, padding included
+        self.state: dict[str, Tensor] = {}                       # name -> [share, ...]
+
+    def reduce(self) -> None:
+        """Starts summing gradients over ranks. A parameter that took no part has none: zero."""
+        gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1, *self.row) for p in self.parameters]
+        stack = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+        padding = self.share * self.world_size - self.rows
+        self.stack = torch.cat([stack, stack.new_zeros(padding, *self.row)]) if padding else stack
+        self.pending = None
+        if self.world_size > 1:
+            self.gradient = self.stack.new_empty(self.share, *self.row)
+            self.pending = dist.reduce_scatter_tensor(self.gradient, self.stack, async_op=True)
+        else:
+            self.gradient = self.stack
+
+    def exchange(self, update: Tensor) -> None:
+        """Starts handing every rank's [share, ...] updates to all."""
+        update = update.bfloat16().contiguous()
+        self.stack, self.pending = update, None
+        if self.world_size > 1:
+            self.stack = update.new_empty(self.share * self.world_size, *self.row)
+            self.pending = dist.all_gather_into_tensor(self.stack, update, async_op=True)
+
+    def wait(self) -> None:
+        if self.pending is not None:
+            self.pending.wait()
+
+    @torch.no_grad()
+    def apply(self, rule, lr: float, decay: float) -> None:
+        """rule: `descend`, compiled or not."""
+        at, rates = 0, torch.tensor([lr, decay], device=self.stack.device)  # plain numbers would be compiled in
+        for p in self.parameters:
+            rows = p.numel() // math.prod(self.row)
+            rule(p.view(-1), self.stack[at : at + rows].view(-1), rates)
+            at += rows
+        del self.stack, self.gradient
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Whole state on the CPU, whatever the world size; every rank must call."""
+        whole = {}
+        for key, share in self.state.items():
+            if self.world_size > 1:
+                stack = share.new_empty(self.world_size * share.size(0), *share.shape[1:])
+                dist.all_gather_into_tensor(stack, share.contiguous())
+            else:
+                stack = share
+            whole[f"{self.name}.{key}"] = stack[: self.rows].cpu().clone()
+        return whole
+
+    def load_state_dict(self, whole: dict[str, Tensor]) -> None:
+        for key, share in self.state.items():
+            rows = whole[f"{self.name}.{key}"][self.rank * self.share : (self.rank + 1) * self.share]
+            share.zero_()[: rows.size(0)].copy_(rows)
+
+
+class Muon(Group):
+    """Nesterov momentum, orthogonalised (Jordan et al. 2024), then normalised by neuron (Li et al. 2025, "NorMuon")."""
+
+    def __init__(self, name, parameters, row, rank, world_size, *, lr: float, weight_decay: float, beta2: float, polar_steps: int):
+        super().__init__(name, parameters, row, rank, world_size)
+        self.lr, self.weight_decay, self.beta2, self.polar_steps = lr, weight_decay, beta2, polar_steps
+        self.scale = max(1.0, row[0] / row[1]) ** 0.5            # a tall matrix may change its output as much as a square one
+        self.inputs = -1 if row[0] >= row[1] else -2             # the second moment is kept along the longer side
+        momentum = torch.zeros(self.share, *row, device=parameters[0].device)
+        self.state = {"momentum": momentum, "second_moment": torch.zeros_like(momentum.mean(self.inputs, keepdim=True))}
+
+    @torch.no_grad()
+    def update(self, momentum: float) -> Tensor:
+        gradient = self.gradient
+        self.state["momentum"].lerp_(gradient, 1 - momentum)
+        update = polar_express(gradient.lerp(self.state["momentum"], momentum), self.polar_steps)
+        squares = update.float().square_().sum(self.inputs, keepdim=True)                                            # of each neuron
+        # A matrix behind a zero-initialised one has no gradient at step 0, hence the clamps.
+        second_moment = self.state["second_moment"].lerp_(squares / update.size(self.inputs), 1 - self.beta2).clamp_min(1e-10)
+        # What the normalisation does to the matrix's norm follows from its neurons' norms, and is taken back.
+        before, after = (x.sum((-2, -1), keepdim=True) for x in (squares, squares / second_moment))
+        return update * (self.scale * (before / after.clamp_min(1e-20)).sqrt() * second_moment.rsqrt())
+
+
+def adam_update(gradient: Tensor, momentum: Tensor, second_moment: Tensor, unbias: Tensor, beta1: float, beta2: float, eps: float) -> Tensor:
+    """unbias [2]: 1 - beta^step of each moment. To be compiled, as `descend`."""
+    momentum.lerp_(gradient, 1 - beta1)
+    second_moment.lerp_(gradient.square(), 1 - beta2)
+    return ((momentum / unbias[0]) / ((second_moment / unbias[1]).sqrt() + eps)).bfloat16()
+
+
+class Adam(Group):
+    def __init__(self, name, parameters, rank, world_size, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, compiled: bool):
+        super().__init__(name, parameters, (), rank, world_size)
+        self.lr, self.weight_decay, self.betas, self.eps = lr, weight_decay, betas, eps
+        self.rule = torch.compile(adam_update, dynamic=False) if compiled else adam_update
+        zeros = torch.zeros(self.share, device=parameters[0].device)
+        self.state = {"momentum": zeros, "second_moment": zeros.clone()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> Tensor:
+        unbias = torch.tensor([1 - beta**step for beta in self.betas], device=self.gradient.device)
+        return self.rule(self.gradient, self.state["momentum"], self.state["second_moment"], unbias, *self.betas, self.eps)
+
+
+class Optimizer:
+    """All groups of a model. Matrices are the 2-d weights of its blocks; the embedding (with the tied head), and the rest, go to Adam."""
+
+    def __init__(self, model: nn.Module, *, rank: int, world_size: int, muon_lr: float, muon_weight_decay: float, muon_beta2: float, muon_polar_steps: int,
+                 embed_lr: float, embed_betas: tuple[float, float], scalar_lr: float, scalar_betas: tuple[float, float], adam_eps: float, compiled: bool = False):
+        embeddings, others, matrices = [], [], {}
+        is_embedding = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        stacked = {id(m.weight): getattr(m, "stacked", 1) for m in model.modules() if isinstance(m, nn.Linear)}
+        in_blocks = {id(p) for name, p in model.named_parameters() if ".blocks." in f".{name}"}
+        for p in model.parameters():
+            if id(p) in is_embedding:
+                embeddings.append(p)
+            elif id(p) in in_blocks and p.ndim == 2:
+                matrices.setdefault((p.size(0) // stacked[id(p)], p.size(1)), []).append(p)
+            else:
+                others.append(p)
+        self.muon = [Muon(f"muon.{r}x{c}", group, (r, c), rank, world_size, lr=muon_lr, weight_decay=muon_weight_decay, beta2=muon_beta2,
+                          polar_steps=muon_polar_steps) for (r, c), group in sorted(matrices.items())]
+        self.adam = [Adam(f"adam.{name}", group, rank, world_size, lr=lr, weight_decay=0.0, betas=betas, eps=adam_eps,
+                          compiled=compiled and name == "embed")
+                     for name, group, lr, betas in (("embed", embeddings, embed_lr, embed_betas), ("rest", others, scalar_lr, scalar_betas))
+                     if group]
+        grouped = [id(p) for group in self.groups for p in group.parameters]
+        assert sorted(grouped) == sorted(id(p) for p in model.parameters()), "every parameter belongs to exactly one group"
+        self.descend = torch.compile(descend, dynamic=True) if compiled else descend  # one kernel for all lengths
+        self.steps = 0
+
+    @property
+    def groups(self) -> list[Group]:
+        return [*self.adam, *self.muon]
+
+    def bytes_sent(self) -> int:
+        """By each rank in a step: it sends every other rank's share of the fp32 gradients, and its bf16 updates to every other rank."""
+        return sum(group.share * math.prod(group.row) * (group.world_size - 1) * (4 + 2) for group in self.groups)
+
+    def step(self, lr_factor: float, momentum: float) -> None:
+        """One update from the gradients, each rank's part of a loss that is a sum over ranks. Frees the gradients."""
+        self.steps += 1
+        for group in self.groups:
+            group.reduce()
+        for group in self.groups:
+            group.wait()
+            group.exchange(group.update(momentum if isinstance(group, Muon) else self.steps))
+        for group in self.groups:
+            group.wait()
+            lr = group.lr * lr_factor
+            group.apply(self.descend, lr, lr * lr * group.weight_decay)
+            for p in group.parameters:
+                p.grad = None
+
+    def reset(self) -> None:
+        self.steps = 0
+        for group in self.groups:
+            for share in group.state.values():
+                share.zero_()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Whole state on the CPU, for any world size; every rank must call."""
+        whole = {"steps": torch.tensor(self.steps)}
+        for group in self.groups:
+            whole |= group.state_dict()
+        return whole
+
+    def load_state_dict(self, whole: dict[str, Tensor]) -> None:
+        self.steps = int(whole["steps"])
+        for group in self.groups:
+            group.load_state_dict(whole)
