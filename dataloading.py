@@ -44,8 +44,10 @@ def read_shard(path: Path) -> np.ndarray:
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise InputError(f"{path} is not a token shard (magic {magic}, version {version}): build or download it again")
     if size != HEADER_BYTES + 2 * num_tokens:
-        raise InputError(f"{path} is truncated ({size:,} bytes, its header asks for {HEADER_BYTES + 2 * num_tokens:,}): "
-                         "delete it and build or download it again")
+        raise InputError(
+            f"{path} is truncated ({size:,} bytes, its header asks for {HEADER_BYTES + 2 * num_tokens:,}): "
+            "delete it and build or download it again"
+        )
     if num_tokens == 0:  # an empty file cannot be mapped
         return np.empty(0, dtype="<u2")
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
@@ -79,21 +81,29 @@ def read_manifest(directory: Path) -> dict:
     """
     path = directory / "manifest.json"
     if not path.exists():
-        raise InputError(f"no manifest.json in {directory}: run `python data/download_fineweb_edu.py --out {directory}`, "
-                         f"or pack your own text with `python data/pack_fineweb_edu.py --out {directory} ...`")
+        raise InputError(
+            f"no manifest.json in {directory}: run `python data/download_fineweb_edu.py --out {directory}`, "
+            f"or pack your own text with `python data/pack_fineweb_edu.py --out {directory} ...`"
+        )
     try:
         manifest = json.loads(path.read_text())
         shards, vocab_size = manifest["shards"], manifest["tokenizer"]["vocab_size"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a manifest ({error!r}): delete it and build the data again") from error
     if vocab_size > MAX_VOCAB_SIZE:
-        raise InputError(f"{path}: a vocabulary of {vocab_size:,} does not fit in uint16 shards: use one of at most {MAX_VOCAB_SIZE:,}")
+        raise InputError(
+            f"{path}: a vocabulary of {vocab_size:,} does not fit in uint16 shards: use one of at most {MAX_VOCAB_SIZE:,}"
+        )
     tokenizer = directory / "tokenizer" / "tokenizer.json"
     if tokenizer.exists() and sha256_of(tokenizer) != manifest["tokenizer"]["sha256"]:
-        raise InputError(f"{tokenizer} is not the tokenizer that {path} names: pack the text again with the tokenizer you want")
+        raise InputError(
+            f"{tokenizer} is not the tokenizer that {path} names: pack the text again with the tokenizer you want"
+        )
     for name, entry in shards.items():
         if len(read_shard(directory / name)) != entry["tokens"]:
-            raise InputError(f"{directory / name} does not have the {entry['tokens']:,} tokens that manifest.json names: build or download it again")
+            raise InputError(
+                f"{directory / name} does not have the {entry['tokens']:,} tokens that manifest.json names: build or download it again"
+            )
     return manifest
 
 
@@ -115,16 +125,21 @@ def find_windows(tokens: np.ndarray, max_length: int, cls: int, sep: int) -> tup
     A document whose text is longer than max_length - 2 is cut into the fewest pieces, of equal length to one token.
     A shard may begin in the middle of a document, and its last document may lack its [SEP].
     """
-    chunks = [cls_at + lo for lo in range(0, len(tokens), SCAN_TOKENS)
-              if len(cls_at := np.flatnonzero(tokens[lo : lo + SCAN_TOKENS] == cls))]
-    cls_at = np.concatenate([[-1], *chunks]).astype(np.int64)  # -1: a [CLS] before the shard, for a document that began in another
+    chunks = [
+        cls_at + lo
+        for lo in range(0, len(tokens), SCAN_TOKENS)
+        if len(cls_at := np.flatnonzero(tokens[lo : lo + SCAN_TOKENS] == cls))
+    ]
+    cls_at = np.concatenate([[-1], *chunks]).astype(
+        np.int64
+    )  # -1: a [CLS] before the shard, for a document that began in another
     start = cls_at + 1
     end = np.append(cls_at[1:], len(tokens))
     end -= (end > start) & (tokens[np.maximum(end - 1, 0)] == sep) if len(tokens) else 0
-    length = end - start                                                                             # [documents]
+    length = end - start  # [documents]
 
     pieces = -(-length // (max_length - 2))
-    document = np.repeat(np.arange(len(length)), pieces)                                             # [windows]
+    document = np.repeat(np.arange(len(length)), pieces)  # [windows]
     piece = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     low = length[document] * piece // pieces[document]
     high = length[document] * (piece + 1) // pieces[document]
@@ -134,13 +149,17 @@ def find_windows(tokens: np.ndarray, max_length: int, cls: int, sep: int) -> tup
 def check_vocabulary(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     largest = max((int(tokens[lo : lo + SCAN_TOKENS].max()) for lo in range(0, len(tokens), SCAN_TOKENS)), default=0)
     if largest >= vocab_size:
-        raise InputError(f"{path} holds token id {largest}, beyond the vocabulary of {vocab_size}: pack it again with its manifest's tokenizer")
+        raise InputError(
+            f"{path} holds token id {largest}, beyond the vocabulary of {vocab_size}: pack it again with its manifest's tokenizer"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Windows -> rows
 
-LOOK_AHEAD = 512  # windows to choose from when closing a row. Padding on real text at 8k rows: see tests/test_dataloading.py
+LOOK_AHEAD = (
+    512  # windows to choose from when closing a row. Padding on real text at 8k rows: see tests/test_dataloading.py
+)
 
 
 class RowStream:
@@ -151,14 +170,26 @@ class RowStream:
     `state` is the position after the last row: plain ints, independent of the number of ranks.
     """
 
-    def __init__(self, shards: list[Path], specials: dict, row_tokens: int, max_length: int, seed: int | None,
-                 max_tokens: int | None = None, state: dict | None = None):
+    def __init__(
+        self,
+        shards: list[Path],
+        specials: dict,
+        row_tokens: int,
+        max_length: int,
+        seed: int | None,
+        max_tokens: int | None = None,
+        state: dict | None = None,
+    ):
         """seed None: one epoch in the order on disk, up to max_tokens of text. Otherwise: endless epochs, shuffled."""
         if max_length > row_tokens:
-            raise InputError(f"max_length {max_length} is longer than a row of {row_tokens} tokens: "
-                             "lower --data.max_length or raise --train.row_tokens")
+            raise InputError(
+                f"max_length {max_length} is longer than a row of {row_tokens} tokens: "
+                "lower --data.max_length or raise --train.row_tokens"
+            )
         if max_length < 3:
-            raise InputError(f"max_length {max_length} leaves no room for text between [CLS] and [SEP]: raise --data.max_length")
+            raise InputError(
+                f"max_length {max_length} leaves no room for text between [CLS] and [SEP]: raise --data.max_length"
+            )
         self.shards, self.specials = shards, specials
         self.row_tokens, self.max_length, self.seed, self.text_left = row_tokens, max_length, seed, max_tokens
         self.tokens = [read_shard(path) for path in shards]
@@ -285,15 +316,15 @@ def in_background(iterator: Iterator, depth: int = 2) -> Iterator:
 class Row:
     """One rank's row, and what every rank knows of the round of `world_size` rows that it belongs to."""
 
-    index: int                    # number of the row in the global sequence
-    input_ids: torch.Tensor       # [T] int32, corrupted by nobody yet
-    document_ids: torch.Tensor    # [T] int32, ascending; padding is the last document
-    positions: torch.Tensor       # [T] int32, restarting at 0 in each document
-    text: torch.Tensor            # [T] bool, False at [CLS], [SEP] and padding
-    offsets: np.ndarray           # [T] int64, where each token of text lies in the shards, -1 elsewhere
-    round_text: list[int]         # [W] tokens of text in each of the round's rows
-    round_lengths: np.ndarray     # [documents of the round's rows] tokens in each, specials included
-    state: dict                   # position of the loader after this round
+    index: int  # number of the row in the global sequence
+    input_ids: torch.Tensor  # [T] int32, corrupted by nobody yet
+    document_ids: torch.Tensor  # [T] int32, ascending; padding is the last document
+    positions: torch.Tensor  # [T] int32, restarting at 0 in each document
+    text: torch.Tensor  # [T] bool, False at [CLS], [SEP] and padding
+    offsets: np.ndarray  # [T] int64, where each token of text lies in the shards, -1 elsewhere
+    round_text: list[int]  # [W] tokens of text in each of the round's rows
+    round_lengths: np.ndarray  # [documents of the round's rows] tokens in each, specials included
+    state: dict  # position of the loader after this round
 
 
 class Loader:
@@ -303,15 +334,36 @@ class Loader:
     Restoring `state` (of any row, under any number of ranks) continues at the exact next row.
     """
 
-    def __init__(self, directory: Path, manifest: dict, split: str, row_tokens: int, max_length: int, *, seed: int | None,
-                 rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu", max_tokens: int | None = None,
-                 state: dict | None = None, rows_ahead: int = 16):
+    def __init__(
+        self,
+        directory: Path,
+        manifest: dict,
+        split: str,
+        row_tokens: int,
+        max_length: int,
+        *,
+        seed: int | None,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        max_tokens: int | None = None,
+        state: dict | None = None,
+        rows_ahead: int = 16,
+    ):
         shards = [directory / name for name, entry in manifest["shards"].items() if entry["split"] == split]
         if not shards:
-            raise InputError(f"{directory / 'manifest.json'} lists no {split} shards: download or pack them, for example "
-                             f"`python data/pack_fineweb_edu.py --out {directory}`")
+            raise InputError(
+                f"{directory / 'manifest.json'} lists no {split} shards: download or pack them, for example "
+                f"`python data/pack_fineweb_edu.py --out {directory}`"
+            )
         self.specials = manifest["tokenizer"]
-        self.row_tokens, self.rank, self.world_size, self.device, self.rows_ahead = row_tokens, rank, world_size, torch.device(device), rows_ahead
+        self.row_tokens, self.rank, self.world_size, self.device, self.rows_ahead = (
+            row_tokens,
+            rank,
+            world_size,
+            torch.device(device),
+            rows_ahead,
+        )
         self.first_index = state["index"] if state else 0
         self.new_stream = lambda: RowStream(shards, self.specials, row_tokens, max_length, seed, max_tokens, state)
         self.stream = self.new_stream()  # now, so that what cannot be fed is said here
@@ -350,6 +402,14 @@ class Loader:
             tensor = torch.from_numpy(array)
             return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
-        return Row(index, to_device(input_ids), to_device(document_ids), to_device(positions), to_device(offsets >= 0), offsets,
-                   round_text=[sum(length for _, _, length in row) for row in rounds],
-                   round_lengths=np.array([length + 2 for row in rounds for _, _, length in row], dtype=np.int64), state=state)
+        return Row(
+            index,
+            to_device(input_ids),
+            to_device(document_ids),
+            to_device(positions),
+            to_device(offsets >= 0),
+            offsets,
+            round_text=[sum(length for _, _, length in row) for row in rounds],
+            round_lengths=np.array([length + 2 for row in rounds for _, _, length in row], dtype=np.int64),
+            state=state,
+        )

@@ -16,7 +16,7 @@ C tiles of a row, S of them slots.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -25,14 +25,24 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import (BaseModelOutput, MaskedLMOutput, QuestionAnsweringModelOutput,
-                                           SequenceClassifierOutput)
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+)
 
 PRESETS = {
     "micro": dict(num_hidden_layers=4, hidden_size=256, num_attention_heads=4, intermediate_size=384),
-    "small": dict(num_hidden_layers=7, hidden_size=256, num_attention_heads=4, intermediate_size=384),      # Ettin-17M's shape
-    "base": dict(num_hidden_layers=22, hidden_size=768, num_attention_heads=12, intermediate_size=1152),    # ModernBERT-base's
-    "large": dict(num_hidden_layers=28, hidden_size=1024, num_attention_heads=16, intermediate_size=2624),  # ModernBERT-large's
+    "small": dict(
+        num_hidden_layers=7, hidden_size=256, num_attention_heads=4, intermediate_size=384
+    ),  # Ettin-17M's shape
+    "base": dict(
+        num_hidden_layers=22, hidden_size=768, num_attention_heads=12, intermediate_size=1152
+    ),  # ModernBERT-base's
+    "large": dict(
+        num_hidden_layers=28, hidden_size=1024, num_attention_heads=16, intermediate_size=2624
+    ),  # ModernBERT-large's
 }
 
 
@@ -47,22 +57,26 @@ class KBERTConfig(PretrainedConfig):
     # Set by the data, not by flags
     vocab_size: int = 50_368
     max_position_embeddings: int = 1024  # the longest document it was trained on; RoPE itself has no limit
-    pad_token_id: Optional[int] = None
-    cls_token_id: Optional[int] = None
-    sep_token_id: Optional[int] = None
-    mask_token_id: Optional[int] = None
+    pad_token_id: int | None = None
+    cls_token_id: int | None = None
+    sep_token_id: int | None = None
+    mask_token_id: int | None = None
 
     num_hidden_layers: int = option(22, "layers")
     hidden_size: int = option(768, "width of the residual stream; a multiple of 64")
     num_attention_heads: int = option(12, "attention heads")
     intermediate_size: int = option(1152, "width of GeGLU; a multiple of 64")
-    global_attention_every: int = option(3, "layers; layers 0, 3, 6, ... attend to the whole document, the others locally")
+    global_attention_every: int = option(
+        3, "layers; layers 0, 3, 6, ... attend to the whole document, the others locally"
+    )
     local_attention_window: int = option(128, "tokens that a local layer sees, half of them to each side")
     frequency_base: float = option(10_000.0, "RoPE's theta")
     logit_softcap: float = option(30.0, "logits stay within plus and minus this")
     value_residual: bool = option(True, "mix the first layer's values into every layer's")
     embedding_skip: bool = option(True, "mix the embedding into every layer's input")
-    neighbour_heads: bool = option(True, "local layers start out attending to the tokens beside each, by biases of q and k")
+    neighbour_heads: bool = option(
+        True, "local layers start out attending to the tokens beside each, by biases of q and k"
+    )
     unet_skips: bool = option(False, "add the input of layer i to that of layer L - i")
     norm_eps: float = option(1e-6, "added to the mean square in RMSNorm")
     classifier_dropout: float = option(0.1, "probability, before the classifier of a finetuned model")
@@ -70,20 +84,27 @@ class KBERTConfig(PretrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
-        kwargs.setdefault("auto_map", {
-            "AutoConfig": "model.KBERTConfig",
-            "AutoModel": "model.KBERTModel",
-            "AutoModelForMaskedLM": "model.KBERTForMaskedLM",
-            "AutoModelForSequenceClassification": "model.KBERTForSequenceClassification",
-            "AutoModelForQuestionAnswering": "model.KBERTForQuestionAnswering",
-        })
+        kwargs.setdefault(
+            "auto_map",
+            {
+                "AutoConfig": "model.KBERTConfig",
+                "AutoModel": "model.KBERTModel",
+                "AutoModelForMaskedLM": "model.KBERTForMaskedLM",
+                "AutoModelForSequenceClassification": "model.KBERTForSequenceClassification",
+                "AutoModelForQuestionAnswering": "model.KBERTForQuestionAnswering",
+            },
+        )
         super().__post_init__(**kwargs)
         if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 4:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} must divide hidden_size {self.hidden_size} "
-                             "into heads whose width is a multiple of 4: change --model.num_attention_heads")
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must divide hidden_size {self.hidden_size} "
+                "into heads whose width is a multiple of 4: change --model.num_attention_heads"
+            )
         if self.hidden_size % 64 or self.intermediate_size % 64:
-            raise ValueError(f"hidden_size {self.hidden_size} and intermediate_size {self.intermediate_size} must be multiples of 64: "
-                             "change --model.hidden_size or --model.intermediate_size")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} and intermediate_size {self.intermediate_size} must be multiples of 64: "
+                "change --model.hidden_size or --model.intermediate_size"
+            )
 
     @property
     def padded_vocab_size(self) -> int:
@@ -106,7 +127,7 @@ def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
     return start, end
 
 
-def flex_mask(document_ids: Tensor, window: Optional[int], size: int = BLOCK) -> BlockMask:
+def flex_mask(document_ids: Tensor, window: int | None, size: int = BLOCK) -> BlockMask:
     """BlockMask of a row in blocks of `size` tokens, from document boundaries alone: the largest table is [T / size, T / size].
 
     The keys that a query sees are contiguous, and so are the blocks that some, or all, of a block's queries see. Seeing is mutual,
@@ -115,15 +136,23 @@ def flex_mask(document_ids: Tensor, window: Optional[int], size: int = BLOCK) ->
     T = document_ids.size(0)
     start, end = document_bounds(document_ids)
     token = torch.arange(T, device=document_ids.device)
-    low, high = start, end - 1                                                       # [T] first and last key of each query
+    low, high = start, end - 1  # [T] first and last key of each query
     if window is not None:
         low, high = torch.maximum(low, token - window), torch.minimum(high, token + window)
-    low, high = low.view(-1, size), high.view(-1, size)                              # [C, size], both ascending
-    first, behind = low[:, :1] // size, high[:, -1:] // size + 1                     # [C, 1] first <= block < behind: some query sees some key
-    full, full_end = (low[:, -1:] + size - 1) // size, (high[:, :1] + 1) // size     # [C, 1] full <= block < full_end: each query sees each key
+    low, high = low.view(-1, size), high.view(-1, size)  # [C, size], both ascending
+    first, behind = (
+        low[:, :1] // size,
+        high[:, -1:] // size + 1,
+    )  # [C, 1] first <= block < behind: some query sees some key
+    full, full_end = (
+        (low[:, -1:] + size - 1) // size,
+        (high[:, :1] + 1) // size,
+    )  # [C, 1] full <= block < full_end: each query sees each key
     full, full_end = (torch.where(full < full_end, x, behind) for x in (full, full_end))
-    block = torch.arange(T // size, device=document_ids.device)                      # [C]
-    partial = torch.where(block < full - first, first + block, full_end - full + first + block)      # [C, C] before the full ones, then behind them
+    block = torch.arange(T // size, device=document_ids.device)  # [C]
+    partial = torch.where(
+        block < full - first, first + block, full_end - full + first + block
+    )  # [C, C] before the full ones, then behind them
     tables: list[Tensor] = []  # of partial blocks, then of full ones: how many each block of queries sees, and which
     for count, blocks in ((behind - first - (full_end - full), partial), (full_end - full, full + block)):
         tables += [count.view(1, 1, -1).int(), blocks.clamp(max=T // size - 1).int()[None, None]]
@@ -144,9 +173,9 @@ LOCAL_BLOCK = 64  # queries
 
 
 class Tiles(NamedTuple):
-    visible: Tensor                  # [C, 1, queries, keys] bool
-    there: Optional[Tensor] = None   # [S * max_seqlen] the token at each place of each slot; None for local layers
-    back: Optional[Tensor] = None    # [T] the place of each token
+    visible: Tensor  # [C, 1, queries, keys] bool
+    there: Tensor | None = None  # [S * max_seqlen] the token at each place of each slot; None for local layers
+    back: Tensor | None = None  # [T] the place of each token
 
 
 def pack_slots(document_ids: Tensor, max_seqlen: int) -> Tensor:
@@ -176,9 +205,11 @@ def slot_tiles(document_ids: Tensor, slots: Tensor) -> Tiles:
     """Global attention: all pairs within a slot that belong to one document."""
     T = document_ids.size(0)
     there = slots.flatten()
-    back = torch.zeros(T + 1, dtype=torch.long, device=slots.device).scatter(0, there, torch.arange(there.size(0), device=slots.device))[:T]
+    back = torch.zeros(T + 1, dtype=torch.long, device=slots.device).scatter(
+        0, there, torch.arange(there.size(0), device=slots.device)
+    )[:T]
     # Empty places stand for the last token and see each other alone; nothing reads what comes of them.
-    document = torch.where(there < T, document_ids[there.clamp(max=T - 1)], -1).view(slots.shape)    # [S, max_seqlen]
+    document = torch.where(there < T, document_ids[there.clamp(max=T - 1)], -1).view(slots.shape)  # [S, max_seqlen]
     return Tiles((document[:, :, None] == document[:, None, :])[:, None], there.clamp(max=T - 1), back)
 
 
@@ -186,7 +217,9 @@ def local_tiles(document_ids: Tensor, window: int) -> Tiles:
     """Local attention: blocks of queries with as many blocks of keys to each side as the window reaches."""
     token = torch.arange(document_ids.size(0), device=document_ids.device).view(-1, LOCAL_BLOCK, 1)
     document = document_ids.view(-1, LOCAL_BLOCK, 1)
-    around = [Neighbours.apply(x + 1, -(-window // LOCAL_BLOCK)).mT - 1 for x in (document, token)]  # [C, 1, keys]; -1 beyond the row
+    around = [
+        Neighbours.apply(x + 1, -(-window // LOCAL_BLOCK)).mT - 1 for x in (document, token)
+    ]  # [C, 1, keys]; -1 beyond the row
     return Tiles(((document == around[0]) & ((token - around[1]).abs() <= window))[:, None])
 
 
@@ -201,16 +234,18 @@ class Neighbours(torch.autograd.Function):
         ctx.sides = sides
         C, size = x.shape[:2]
         edge = x.new_zeros(sides, *x.shape[1:])
-        padded = torch.cat([edge, x, edge])                                          # [C + 2 * sides, size, ...]
+        padded = torch.cat([edge, x, edge])  # [C + 2 * sides, size, ...]
         strides = padded.stride()
         return padded.as_strided((C, (2 * sides + 1) * size, *x.shape[2:]), strides).clone()
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         sides = ctx.sides
-        parts = gradient.chunk(2 * sides + 1, dim=1)                                 # [C, size, ...] each
+        parts = gradient.chunk(2 * sides + 1, dim=1)  # [C, size, ...] each
         total = parts[sides]
-        for shift in range(1, sides + 1):  # block c is the shift-th after block c - shift and the shift-th before block c + shift
+        for shift in range(
+            1, sides + 1
+        ):  # block c is the shift-th after block c - shift and the shift-th before block c + shift
             after, before = parts[sides + shift], parts[sides - shift]
             edge = torch.zeros_like(total[:shift])
             total = total + torch.cat([edge, after[:-shift]]) + torch.cat([before[shift:], edge])
@@ -251,7 +286,7 @@ class SoftmaxWeights(torch.autograd.Function):
 
 
 def compiled_backend(device: torch.device) -> str:
-    """"flex" where FlexAttention can train, on GPUs since Ampere, else "blockwise". Asked inside a compiled model, it would break the graph in two."""
+    """ "flex" where FlexAttention can train, on GPUs since Ampere, else "blockwise". Asked inside a compiled model, it would break the graph in two."""
     return "flex" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "blockwise"
 
 
@@ -259,21 +294,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tiles, scale: floa
     """q, k, v: [1, T, H, D] -> [1, T, H, D]."""
     if isinstance(mask, BlockMask):
         # v as a strided view of qkv beside contiguous q and k is read wrongly by the CPU's kernel (torch 2.13)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v.contiguous()))                # [1, H, T, D]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v.contiguous()))  # [1, H, T, D]
         return flex_attention(q, k, v, block_mask=mask, scale=scale).transpose(1, 2)
     _, _, H, D = q.shape
     queries, keys = mask.visible.shape[2:]
-    q, k, v = (x[0] for x in (q, k, v))                                              # [T, H, D]
+    q, k, v = (x[0] for x in (q, k, v))  # [T, H, D]
     if mask.there is not None:
         q, k, v = (Rearrange.apply(x, mask.there, mask.back).view(-1, queries, H, D) for x in (q, k, v))
     else:
         sides = (keys // queries - 1) // 2
-        q, k, v = (x.view(-1, queries, H, D) for x in (q, k, v))                     # [C, queries, H, D]
-        k, v = Neighbours.apply(k, sides), Neighbours.apply(v, sides)                # [C, keys, H, D]
+        q, k, v = (x.view(-1, queries, H, D) for x in (q, k, v))  # [C, queries, H, D]
+        k, v = Neighbours.apply(k, sides), Neighbours.apply(v, sides)  # [C, keys, H, D]
     # One dimension for tiles and heads: with two, the product would have k transposed number by number, 6 of 264 ms
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))                   # [C * H, queries or keys, D]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [C * H, queries or keys, D]
     # Softmax without subtracting the maximum: QK-norm keeps scores small (30 at most, with fresh biases). One pass less each way.
-    weights = SoftmaxWeights.apply((q @ k.mT).unflatten(0, (-1, H)), mask.visible, scale).flatten(0, 1)   # [C * H, queries, keys]
+    weights = SoftmaxWeights.apply((q @ k.mT).unflatten(0, (-1, H)), mask.visible, scale).flatten(
+        0, 1
+    )  # [C * H, queries, keys]
     x = (weights @ v) / weights.sum(-1, keepdim=True, dtype=torch.float32).to(v.dtype)
     x = x.unflatten(0, (-1, H)).transpose(1, 2).reshape(-1, H, D)
     return (x if mask.there is None else Rearrange.apply(x, mask.back, mask.there))[None]
@@ -309,7 +346,7 @@ class Norm(nn.Module):
         return F.rms_norm(x, (x.size(-1),), eps=self.eps)
 
 
-def rotary_frequencies(head_dim: int, base: float, device: Optional[torch.device] = None) -> Tensor:
+def rotary_frequencies(head_dim: int, base: float, device: torch.device | None = None) -> Tensor:
     """[D / 2] radians a token, from 2 down to 1 / base; the usual 1 tells neighbours apart less well.
 
     Half of them are zero, so half of each head ignores position (half-truncated RoPE, modded-nanogpt).
@@ -323,7 +360,7 @@ def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dt
 
     In one piece, which the compiler computes once; two it would compute anew in each layer.
     """
-    angle = positions[:, None].float() * rotary_frequencies(head_dim, base, positions.device)        # [T, D / 2]
+    angle = positions[:, None].float() * rotary_frequencies(head_dim, base, positions.device)  # [T, D / 2]
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos, sin, -sin], dim=-1).to(dtype)[:, None].chunk(2, dim=-1)
 
@@ -341,10 +378,10 @@ def neighbour_bias(num_heads: int, head_dim: int, base: float) -> Tensor:
     of cos(frequency * (distance - offset)) over the frequencies above 0.1. Without it a model has to find out first that neighbours
     matter: 5.11 after 400 steps where this gave 4.73. Global layers that begin there do not find their way out (records/README.md).
     """
-    frequency = rotary_frequencies(head_dim, base)                                                   # [D / 2]
-    offset = torch.tensor([-1.0, 1.0, -2.0, 2.0]).repeat(-(-num_heads // 4))[:num_heads, None]       # [H, 1]
-    angle = offset * frequency                                                                       # [H, D / 2]
-    q = torch.cat([angle.cos(), -angle.sin()], dim=-1)                                               # [H, D]
+    frequency = rotary_frequencies(head_dim, base)  # [D / 2]
+    offset = torch.tensor([-1.0, 1.0, -2.0, 2.0]).repeat(-(-num_heads // 4))[:num_heads, None]  # [H, 1]
+    angle = offset * frequency  # [H, D / 2]
+    q = torch.cat([angle.cos(), -angle.sin()], dim=-1)  # [H, D]
     k = torch.cat([torch.ones_like(angle), torch.zeros_like(angle)], dim=-1)
     return torch.stack([q, k]) * 3.5 * (frequency > 0.1).repeat(2)
 
@@ -353,23 +390,29 @@ class Attention(nn.Module):
     def __init__(self, config: KBERTConfig, layer: int):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, stacked=3 * self.num_heads)    # each head's own matrix: Muon's products cost a third less
+        self.qkv = Linear(
+            config.hidden_size, 3 * config.hidden_size, stacked=3 * self.num_heads
+        )  # each head's own matrix: Muon's products cost a third less
         self.out = ZeroLinear(config.hidden_size, config.hidden_size)
         self.norm = Norm(config.norm_eps)
         self.value_lambda = nn.Parameter(torch.tensor(0.5)) if config.value_residual and layer > 0 else None
         biased = config.neighbour_heads and not config.is_global(layer)
-        self.qk_bias = nn.Parameter(torch.empty(2, self.num_heads, config.hidden_size // self.num_heads)) if biased else None
+        self.qk_bias = (
+            nn.Parameter(torch.empty(2, self.num_heads, config.hidden_size // self.num_heads)) if biased else None
+        )
 
-    def forward(self, x: Tensor, first_value: Optional[Tensor], rotary: tuple[Tensor, Tensor], mask, wanted: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, first_value: Tensor | None, rotary: tuple[Tensor, Tensor], mask, wanted: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         T, d = x.shape
-        q, k, v = self.qkv(x).view(1, T, 3, self.num_heads, d // self.num_heads).unbind(2)           # [1, T, H, D] each
+        q, k, v = self.qkv(x).view(1, T, 3, self.num_heads, d // self.num_heads).unbind(2)  # [1, T, H, D] each
         if self.value_lambda is not None:
-            v = v + self.value_lambda * (first_value - v)                            # Zhou et al. 2024, "Value Residual Learning"
+            v = v + self.value_lambda * (first_value - v)  # Zhou et al. 2024, "Value Residual Learning"
         q, k = self.norm(q), self.norm(k)
         if self.qk_bias is not None:
             q, k = q + self.qk_bias[0].to(q.dtype), k + self.qk_bias[1].to(k.dtype)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
-        x = attend(q, k, v, mask, scale=0.12)                                        # with QK-norm; 1 / sqrt(64) = 0.125
+        x = attend(q, k, v, mask, scale=0.12)  # with QK-norm; 1 / sqrt(64) = 0.125
         x = x.reshape(T, d)
         return self.out(x if wanted is None else x[wanted]), v
 
@@ -381,7 +424,7 @@ class GeGLU(nn.Module):
         self.down = ZeroLinear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)                                  # [T, f] each
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [T, f] each
         return self.down(F.gelu(gate) * up)
 
 
@@ -392,15 +435,26 @@ class Block(nn.Module):
         self.mlp = GeGLU(config)
         self.norm = Norm(config.norm_eps)
         self.input_lambdas = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embedding_skip and layer > 0 else None
-        self.skip_lambda = nn.Parameter(torch.tensor(0.0)) if config.unet_skips and 2 * layer > config.num_hidden_layers else None
+        self.skip_lambda = (
+            nn.Parameter(torch.tensor(0.0)) if config.unet_skips and 2 * layer > config.num_hidden_layers else None
+        )
 
-    def forward(self, x: Tensor, x0: Tensor, skip: Optional[Tensor], first_value: Optional[Tensor], rotary, mask, wanted: Optional[Tensor] = None):
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        skip: Tensor | None,
+        first_value: Tensor | None,
+        rotary,
+        mask,
+        wanted: Tensor | None = None,
+    ):
         """[T, d] -> [T, d], or [N, d] for the positions wanted [N]; and the values, for later layers."""
         if self.input_lambdas is not None:
             x = self.input_lambdas[0] * x + self.input_lambdas[1] * x0
         if self.skip_lambda is not None:
             x = x + self.skip_lambda * skip
-        attended, value = self.attention(self.norm(x), first_value, rotary, mask, wanted)            # [T, d] or [N, d]
+        attended, value = self.attention(self.norm(x), first_value, rotary, mask, wanted)  # [T, d] or [N, d]
         x = (x if wanted is None else x[wanted]) + attended
         return x + self.mlp(self.norm(x)), value
 
@@ -442,8 +496,8 @@ class KBERTModel(KBERTPreTrainedModel):
         self.embed = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)])
         self.norm = Norm(config.norm_eps)
-        self.compute_dtype: Optional[torch.dtype] = None      # of activations; None: the weights' own
-        self.attention_backend = "blockwise"                  # what compiled code uses: compiled_backend(device)
+        self.compute_dtype: torch.dtype | None = None  # of activations; None: the weights' own
+        self.attention_backend = "blockwise"  # what compiled code uses: compiled_backend(device)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -452,8 +506,16 @@ class KBERTModel(KBERTPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed = value
 
-    def encode(self, input_ids: Tensor, document_ids: Tensor, positions: Tensor, max_seqlen: int, window: Optional[int] = None,
-               slots: Optional[Tensor] = None, wanted: Optional[Tensor] = None) -> Tensor:
+    def encode(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor,
+        positions: Tensor,
+        max_seqlen: int,
+        window: int | None = None,
+        slots: Tensor | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """One row without padding: input_ids, document_ids (ascending), positions [T] -> hidden states [T, d].
 
         T is a multiple of 128 and no document but padding is longer than max_seqlen. window: tokens to each side that local layers
@@ -462,30 +524,44 @@ class KBERTModel(KBERTPreTrainedModel):
         behind its attention, the last layer computes these alone.
         """
         window = self.config.local_attention_window // 2 if window is None else window
-        if self.attention_backend == "flex" and torch.compiler.is_compiling():  # eagerly, it would write out all T x T scores
+        if (
+            self.attention_backend == "flex" and torch.compiler.is_compiling()
+        ):  # eagerly, it would write out all T x T scores
             local_mask, global_mask = flex_mask(document_ids, window), flex_mask(document_ids, None)
         else:
             slots = pack_slots(document_ids, max_seqlen) if slots is None else slots
-            local_mask, global_mask = local_tiles(document_ids, min(window, max_seqlen - 1)), slot_tiles(document_ids, slots)
+            local_mask, global_mask = (
+                local_tiles(document_ids, min(window, max_seqlen - 1)),
+                slot_tiles(document_ids, slots),
+            )
         weight = self.embed.weight
         dtype = self.compute_dtype or weight.dtype
-        x = x0 = self.norm(F.embedding(input_ids, weight).to(dtype))                 # [T, d]
-        rotary = rotary_tables(positions, self.config.hidden_size // self.config.num_attention_heads, self.config.frequency_base, dtype)
+        x = x0 = self.norm(F.embedding(input_ids, weight).to(dtype))  # [T, d]
+        rotary = rotary_tables(
+            positions, self.config.hidden_size // self.config.num_attention_heads, self.config.frequency_base, dtype
+        )
         first_value, inputs = None, []
         for layer, block in enumerate(self.blocks):
             inputs.append(x)
             skip = inputs[len(self.blocks) - layer] if block.skip_lambda is not None else None
-            x, value = block(x, x0, skip, first_value, rotary, global_mask if self.config.is_global(layer) else local_mask,
-                             wanted if layer == len(self.blocks) - 1 else None)
+            x, value = block(
+                x,
+                x0,
+                skip,
+                first_value,
+                rotary,
+                global_mask if self.config.is_global(layer) else local_mask,
+                wanted if layer == len(self.blocks) - 1 else None,
+            )
             first_value = value if layer == 0 else first_value
         return self.norm(x)
 
-    def forward(self, input_ids: Tensor, attention_mask: Optional[Tensor] = None, **kwargs) -> BaseModelOutput:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> BaseModelOutput:
         """input_ids, attention_mask [B, S] -> last_hidden_state [B, S, d], zero where attention_mask is."""
         B, S = input_ids.shape
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        where = keep.flatten().nonzero().squeeze(1)                                  # [tokens]
-        tail = -where.size(0) % BLOCK                                                # a last document that fills the row
+        where = keep.flatten().nonzero().squeeze(1)  # [tokens]
+        tail = -where.size(0) % BLOCK  # a last document that fills the row
         document = torch.arange(B, device=input_ids.device)[:, None].expand(B, S)
         ids = F.pad(input_ids.flatten()[where], (0, tail))
         document_ids = F.pad(document.flatten()[where], (0, tail), value=B)
@@ -513,14 +589,14 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, vocab_size: int) -> Tensor:
-        target, there = targets.clamp(min=0)[:, None], targets >= 0                  # [N, 1], [N]
-        logits = hidden @ weight.t()                                                 # [N, V padded]
+        target, there = targets.clamp(min=0)[:, None], targets >= 0  # [N, 1], [N]
+        logits = hidden @ weight.t()  # [N, V padded]
         own, x = logits.gather(1, target)[:, 0].float(), logits.float()
         own_factor, factor = soft_cap(own, cap), soft_cap(x, cap)
-        own = own * own_factor                                                       # [N] the target's logit
+        own = own * own_factor  # [N] the target's logit
         word = torch.arange(weight.size(0), device=weight.device, dtype=torch.int32)
         weights = torch.where(word < vocab_size, (x * factor).exp(), 0.0)
-        total = weights.sum(-1)                                                      # [N]
+        total = weights.sum(-1)  # [N]
         own_gradient = (own.exp() - total) * own_factor**3
         gradient = (weights * factor**3).to(logits.dtype).scatter(1, target, own_gradient[:, None].to(logits.dtype))
         ctx.save_for_backward(hidden, weight, gradient, there / total)
@@ -529,8 +605,14 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         hidden, weight, gradient, scale = ctx.saved_tensors
-        scale = (scale * upstream)[:, None]                                          # [N, 1]
-        return ((gradient @ weight) * scale).to(hidden.dtype), gradient.t() @ (hidden * scale).to(hidden.dtype), None, None, None
+        scale = (scale * upstream)[:, None]  # [N, 1]
+        return (
+            ((gradient @ weight) * scale).to(hidden.dtype),
+            gradient.t() @ (hidden * scale).to(hidden.dtype),
+            None,
+            None,
+            None,
+        )
 
 
 class KBERTForMaskedLM(KBERTPreTrainedModel):
@@ -553,17 +635,32 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
         x = self.lm_head(hidden)[..., : self.config.vocab_size].float()
         return x * soft_cap(x, self.config.logit_softcap)
 
-    def loss(self, input_ids: Tensor, document_ids: Tensor, positions: Tensor, masked: Tensor, targets: Tensor,
-             max_seqlen: int, window: Optional[int] = None, slots: Optional[Tensor] = None) -> Tensor:
+    def loss(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor,
+        positions: Tensor,
+        masked: Tensor,
+        targets: Tensor,
+        max_seqlen: int,
+        window: int | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
         """Summed cross-entropy of one row at its masked positions [N].
 
         Only these positions reach the vocabulary: at 15% masking and V = 50k that saves more than any fused kernel.
         """
-        hidden = self.encoder.encode(input_ids, document_ids, positions, max_seqlen, window, slots, wanted=masked)   # [N, d]
-        return HeadLoss.apply(hidden, self.lm_head.weight.to(hidden.dtype), targets, self.config.logit_softcap, self.config.vocab_size)
+        hidden = self.encoder.encode(
+            input_ids, document_ids, positions, max_seqlen, window, slots, wanted=masked
+        )  # [N, d]
+        return HeadLoss.apply(
+            hidden, self.lm_head.weight.to(hidden.dtype), targets, self.config.logit_softcap, self.config.vocab_size
+        )
 
-    def forward(self, input_ids: Tensor, attention_mask: Optional[Tensor] = None, labels: Optional[Tensor] = None, **kwargs) -> MaskedLMOutput:
-        logits = self.logits(self.encoder(input_ids, attention_mask).last_hidden_state)              # [B, S, V]
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs
+    ) -> MaskedLMOutput:
+        logits = self.logits(self.encoder(input_ids, attention_mask).last_hidden_state)  # [B, S, V]
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         return MaskedLMOutput(loss=loss, logits=logits)
 
@@ -593,8 +690,10 @@ class KBERTForSequenceClassification(KBERTPreTrainedModel):
             return F.binary_cross_entropy_with_logits(logits, labels.float())
         return F.cross_entropy(logits, labels)
 
-    def forward(self, input_ids: Tensor, attention_mask: Optional[Tensor] = None, labels: Optional[Tensor] = None, **kwargs) -> SequenceClassifierOutput:
-        hidden = self.encoder(input_ids, attention_mask).last_hidden_state                           # [B, S, d], zero where there is no token
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs
+    ) -> SequenceClassifierOutput:
+        hidden = self.encoder(input_ids, attention_mask).last_hidden_state  # [B, S, d], zero where there is no token
         if self.config.classifier_pooling == "cls":
             pooled = hidden[:, 0]
         else:
@@ -616,9 +715,15 @@ class KBERTForQuestionAnswering(KBERTPreTrainedModel):
         """[..., d] -> start and end logits [...] fp32."""
         return self.qa_outputs(hidden.to(self.qa_outputs.weight.dtype)).float().unbind(-1)
 
-    def forward(self, input_ids: Tensor, attention_mask: Optional[Tensor] = None, start_positions: Optional[Tensor] = None,
-                end_positions: Optional[Tensor] = None, **kwargs) -> QuestionAnsweringModelOutput:
-        start, end = self.span_logits(self.encoder(input_ids, attention_mask).last_hidden_state)     # [B, S] each
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs,
+    ) -> QuestionAnsweringModelOutput:
+        start, end = self.span_logits(self.encoder(input_ids, attention_mask).last_hidden_state)  # [B, S] each
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = (F.cross_entropy(start, start_positions) + F.cross_entropy(end, end_positions)) / 2

@@ -41,7 +41,7 @@ def polar_express(gradient: Tensor, steps: int = len(POLAR_EXPRESS)) -> Tensor:
     x = (gradient.mT if tall else gradient).bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS[:steps]:
-        gram = x @ x.mT                                          # [n, min(r, c), min(r, c)]
+        gram = x @ x.mT  # [n, min(r, c), min(r, c)]
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
@@ -62,12 +62,14 @@ class Group:
     def __init__(self, name: str, parameters: list[nn.Parameter], row: tuple[int, ...], rank: int, world_size: int):
         self.name, self.parameters, self.row, self.rank, self.world_size = name, parameters, row, rank, world_size
         self.rows = sum(p.numel() for p in parameters) // math.prod(row)
-        self.share = -(-self.rows // world_size)                 # rows of each rank, padding included
-        self.state: dict[str, Tensor] = {}                       # name -> [share, ...]
+        self.share = -(-self.rows // world_size)  # rows of each rank, padding included
+        self.state: dict[str, Tensor] = {}  # name -> [share, ...]
 
     def reduce(self) -> None:
         """Starts summing gradients over ranks. A parameter that took no part has none: zero."""
-        gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1, *self.row) for p in self.parameters]
+        gradients = [
+            (torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1, *self.row) for p in self.parameters
+        ]
         stack = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
         padding = self.share * self.world_size - self.rows
         self.stack = torch.cat([stack, stack.new_zeros(padding, *self.row)]) if padding else stack
@@ -121,11 +123,13 @@ class Group:
 class Muon(Group):
     """Nesterov momentum, orthogonalised (Jordan et al. 2024), then normalised by neuron (Li et al. 2025, "NorMuon")."""
 
-    def __init__(self, name, parameters, row, rank, world_size, *, lr: float, weight_decay: float, beta2: float, polar_steps: int):
+    def __init__(
+        self, name, parameters, row, rank, world_size, *, lr: float, weight_decay: float, beta2: float, polar_steps: int
+    ):
         super().__init__(name, parameters, row, rank, world_size)
         self.lr, self.weight_decay, self.beta2, self.polar_steps = lr, weight_decay, beta2, polar_steps
-        self.scale = max(1.0, row[0] / row[1]) ** 0.5            # a tall matrix may change its output as much as a square one
-        self.inputs = -1 if row[0] >= row[1] else -2             # the second moment is kept along the longer side
+        self.scale = max(1.0, row[0] / row[1]) ** 0.5  # a tall matrix may change its output as much as a square one
+        self.inputs = -1 if row[0] >= row[1] else -2  # the second moment is kept along the longer side
         momentum = torch.zeros(self.share, *row, device=parameters[0].device)
         self.state = {"momentum": momentum, "second_moment": torch.zeros_like(momentum.mean(self.inputs, keepdim=True))}
 
@@ -134,15 +138,19 @@ class Muon(Group):
         gradient = self.gradient
         self.state["momentum"].lerp_(gradient, 1 - momentum)
         update = polar_express(gradient.lerp(self.state["momentum"], momentum), self.polar_steps)
-        squares = update.float().square_().sum(self.inputs, keepdim=True)                                            # of each neuron
+        squares = update.float().square_().sum(self.inputs, keepdim=True)  # of each neuron
         # A matrix behind a zero-initialised one has no gradient at step 0, hence the clamps.
-        second_moment = self.state["second_moment"].lerp_(squares / update.size(self.inputs), 1 - self.beta2).clamp_min(1e-10)
+        second_moment = (
+            self.state["second_moment"].lerp_(squares / update.size(self.inputs), 1 - self.beta2).clamp_min(1e-10)
+        )
         # What the normalisation does to the matrix's norm follows from its neurons' norms, and is taken back.
         before, after = (x.sum((-2, -1), keepdim=True) for x in (squares, squares / second_moment))
         return update * (self.scale * (before / after.clamp_min(1e-20)).sqrt() * second_moment.rsqrt())
 
 
-def adam_update(gradient: Tensor, momentum: Tensor, second_moment: Tensor, unbias: Tensor, beta1: float, beta2: float, eps: float) -> Tensor:
+def adam_update(
+    gradient: Tensor, momentum: Tensor, second_moment: Tensor, unbias: Tensor, beta1: float, beta2: float, eps: float
+) -> Tensor:
     """unbias [2]: 1 - beta^step of each moment. To be compiled, as `descend`."""
     momentum.lerp_(gradient, 1 - beta1)
     second_moment.lerp_(gradient.square(), 1 - beta2)
@@ -150,7 +158,19 @@ def adam_update(gradient: Tensor, momentum: Tensor, second_moment: Tensor, unbia
 
 
 class Adam(Group):
-    def __init__(self, name, parameters, rank, world_size, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, compiled: bool):
+    def __init__(
+        self,
+        name,
+        parameters,
+        rank,
+        world_size,
+        *,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        compiled: bool,
+    ):
         super().__init__(name, parameters, (), rank, world_size)
         self.lr, self.weight_decay, self.betas, self.eps = lr, weight_decay, betas, eps
         self.rule = torch.compile(adam_update, dynamic=False) if compiled else adam_update
@@ -160,14 +180,31 @@ class Adam(Group):
     @torch.no_grad()
     def update(self, step: int) -> Tensor:
         unbias = torch.tensor([1 - beta**step for beta in self.betas], device=self.gradient.device)
-        return self.rule(self.gradient, self.state["momentum"], self.state["second_moment"], unbias, *self.betas, self.eps)
+        return self.rule(
+            self.gradient, self.state["momentum"], self.state["second_moment"], unbias, *self.betas, self.eps
+        )
 
 
 class Optimizer:
     """All groups of a model. Matrices are the 2-d weights of its blocks; the embedding (with the tied head), and the rest, go to Adam."""
 
-    def __init__(self, model: nn.Module, *, rank: int, world_size: int, muon_lr: float, muon_weight_decay: float, muon_beta2: float, muon_polar_steps: int,
-                 embed_lr: float, embed_betas: tuple[float, float], scalar_lr: float, scalar_betas: tuple[float, float], adam_eps: float, compiled: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        rank: int,
+        world_size: int,
+        muon_lr: float,
+        muon_weight_decay: float,
+        muon_beta2: float,
+        muon_polar_steps: int,
+        embed_lr: float,
+        embed_betas: tuple[float, float],
+        scalar_lr: float,
+        scalar_betas: tuple[float, float],
+        adam_eps: float,
+        compiled: bool = False,
+    ):
         embeddings, others, matrices = [], [], {}
         is_embedding = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         stacked = {id(m.weight): getattr(m, "stacked", 1) for m in model.modules() if isinstance(m, nn.Linear)}
@@ -179,14 +216,42 @@ class Optimizer:
                 matrices.setdefault((p.size(0) // stacked[id(p)], p.size(1)), []).append(p)
             else:
                 others.append(p)
-        self.muon = [Muon(f"muon.{r}x{c}", group, (r, c), rank, world_size, lr=muon_lr, weight_decay=muon_weight_decay, beta2=muon_beta2,
-                          polar_steps=muon_polar_steps) for (r, c), group in sorted(matrices.items())]
-        self.adam = [Adam(f"adam.{name}", group, rank, world_size, lr=lr, weight_decay=0.0, betas=betas, eps=adam_eps,
-                          compiled=compiled and name == "embed")
-                     for name, group, lr, betas in (("embed", embeddings, embed_lr, embed_betas), ("rest", others, scalar_lr, scalar_betas))
-                     if group]
+        self.muon = [
+            Muon(
+                f"muon.{r}x{c}",
+                group,
+                (r, c),
+                rank,
+                world_size,
+                lr=muon_lr,
+                weight_decay=muon_weight_decay,
+                beta2=muon_beta2,
+                polar_steps=muon_polar_steps,
+            )
+            for (r, c), group in sorted(matrices.items())
+        ]
+        self.adam = [
+            Adam(
+                f"adam.{name}",
+                group,
+                rank,
+                world_size,
+                lr=lr,
+                weight_decay=0.0,
+                betas=betas,
+                eps=adam_eps,
+                compiled=compiled and name == "embed",
+            )
+            for name, group, lr, betas in (
+                ("embed", embeddings, embed_lr, embed_betas),
+                ("rest", others, scalar_lr, scalar_betas),
+            )
+            if group
+        ]
         grouped = [id(p) for group in self.groups for p in group.parameters]
-        assert sorted(grouped) == sorted(id(p) for p in model.parameters()), "every parameter belongs to exactly one group"
+        assert sorted(grouped) == sorted(id(p) for p in model.parameters()), (
+            "every parameter belongs to exactly one group"
+        )
         self.descend = torch.compile(descend, dynamic=True) if compiled else descend  # one kernel for all lengths
         self.steps = 0
 

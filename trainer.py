@@ -28,11 +28,11 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Literal, Optional
+from typing import Literal
 
 import numpy as np
 import torch
@@ -53,8 +53,13 @@ ROOT = Path(__file__).resolve().parent
 @dataclass
 class DataConfig:
     dir: str = option("data/fineweb_edu", "folder of shards with their manifest.json and tokenizer/")
-    max_length: int = option(1024, "tokens in a window, [CLS] and [SEP] included; longer documents are cut into windows")
-    valid_tokens: int = option(10_000_000, "tokens of text in the validation set, the first ones of the valid shards; at the end as many of test")
+    max_length: int = option(
+        1024, "tokens in a window, [CLS] and [SEP] included; longer documents are cut into windows"
+    )
+    valid_tokens: int = option(
+        10_000_000,
+        "tokens of text in the validation set, the first ones of the valid shards; at the end as many of test",
+    )
 
 
 @dataclass
@@ -62,12 +67,16 @@ class TrainConfig:
     """How long, how much at once, how fast, and what is kept."""
 
     steps: int = option(10_000, "optimizer steps")
-    max_minutes: Optional[float] = option(None, "minutes of training time; replaces steps as what the schedules follow")
+    max_minutes: float | None = option(None, "minutes of training time; replaces steps as what the schedules follow")
     batch_tokens: int = option(1_048_576, "tokens in an optimizer step, over all ranks, padding included")
-    row_tokens: Optional[int] = option(None, "tokens in one forward; none: 8192 on a CPU, the largest that fits on a GPU")
-    grad_accum: Optional[int] = option(None, "rows of each rank in a step; none: batch_tokens / (row_tokens x ranks)")
+    row_tokens: int | None = option(
+        None, "tokens in one forward; none: 8192 on a CPU, the largest that fits on a GPU"
+    )
+    grad_accum: int | None = option(None, "rows of each rank in a step; none: batch_tokens / (row_tokens x ranks)")
     batch_start: float = option(1.0, "fraction of batch_tokens in the first steps")
-    batch_ramp: float = option(0.0, "fraction of the run in which the batch grows from batch_start, in quarters, to batch_tokens")
+    batch_ramp: float = option(
+        0.0, "fraction of the run in which the batch grows from batch_start, in quarters, to batch_tokens"
+    )
 
     muon_lr: float = option(0.03, "learning rate of the blocks' matrices, in spectral norm")
     muon_weight_decay: float = option(1.0, "cautious weight decay of the matrices; a step shrinks by lr^2 times this")
@@ -80,31 +89,54 @@ class TrainConfig:
     scalar_betas: tuple[float, float] = option((0.9, 0.95), "Adam's decays for everything else, a step")
     adam_eps: float = option(1e-10, "Adam's epsilon")
 
-    lr_schedule: Literal["trapezoid", "one_cycle", "cosine"] = option("trapezoid", "shape of the learning rate over the run")
+    lr_schedule: Literal["trapezoid", "one_cycle", "cosine"] = option(
+        "trapezoid", "shape of the learning rate over the run"
+    )
     lr_warmup: float = option(0.02, "fraction of the run in which the learning rate rises from 0")
     lr_decay: float = option(0.5, "fraction of the run in which a trapezoid falls to the floor")
     lr_decay_shape: Literal["linear", "sqrt"] = option("linear", "how a trapezoid falls: linear, or 1 - sqrt")
     lr_floor: float = option(0.05, "fraction of the learning rate at the end")
-    momentum_warmup: float = option(0.1, "fraction of the run in which Muon's momentum goes from 0.85 to muon_momentum; at the end it goes back in 0.02")
+    momentum_warmup: float = option(
+        0.1,
+        "fraction of the run in which Muon's momentum goes from 0.85 to muon_momentum; at the end it goes back in 0.02",
+    )
     mask_rate_start: float = option(0.30, "fraction of a row that is masked at the start")
     mask_rate_end: float = option(0.15, "fraction of a row that is masked at the end")
-    window_start: Optional[int] = option(None, "tokens in the local attention window at the start, grown in steps of 64; none: the model's")
+    window_start: int | None = option(
+        None, "tokens in the local attention window at the start, grown in steps of 64; none: the model's"
+    )
 
     valid_every: int = option(250, "steps between validations; 0: only at the end")
     log_every: int = option(10, "steps between lines of the log; the GPU is waited for at each")
     save_every: int = option(0, "steps between checkpoints; 0: none but that of an interruption")
     keep_checkpoints: int = option(2, "checkpoints that stay on disk")
-    resume: Optional[str] = option(None, "auto: the newest checkpoint of run_name, or of the newest unfinished run; or a checkpoint's folder")
+    resume: str | None = option(
+        None, "auto: the newest checkpoint of run_name, or of the newest unfinished run; or a checkpoint's folder"
+    )
     out: str = option("logs", "folder of runs")
-    run_name: Optional[str] = option(None, "folder of this run within out; none: date and time")
-    declared_runs: Optional[int] = option(None, "runs declared for a record, with the seeds 1, 2, ...: it must hold them all (records/README.md)")
+    run_name: str | None = option(None, "folder of this run within out; none: date and time")
+    declared_runs: int | None = option(
+        None, "runs declared for a record, with the seeds 1, 2, ...: it must hold them all (records/README.md)"
+    )
     seed: int = option(1, "of initial weights, order of data and masks")
     compile: bool = option(True, "torch.compile; without a C++ compiler a CPU run falls back to eager")
-    hf_model_name: Optional[str] = option(None, "USER/NAME on the Hugging Face Hub to push to: checkpoints as branches, the model as main")
-    wandb_project: Optional[str] = option(None, "Weights & Biases project to report to (needs `pip install wandb`)")
+    hf_model_name: str | None = option(
+        None, "USER/NAME on the Hugging Face Hub to push to: checkpoints as branches, the model as main"
+    )
+    wandb_project: str | None = option(None, "Weights & Biases project to report to (needs `pip install wandb`)")
 
     def __post_init__(self):
-        fractions = ("batch_start", "batch_ramp", "muon_momentum", "lr_warmup", "lr_decay", "lr_floor", "momentum_warmup", "mask_rate_start", "mask_rate_end")
+        fractions = (
+            "batch_start",
+            "batch_ramp",
+            "muon_momentum",
+            "lr_warmup",
+            "lr_decay",
+            "lr_floor",
+            "momentum_warmup",
+            "mask_rate_start",
+            "mask_rate_end",
+        )
         for name in fractions:
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--train.{name} is {getattr(self, name)}: give a fraction between 0 and 1")
@@ -112,13 +144,21 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"--train.{name} is {getattr(self, name)}: give a positive number")
         if not 1 <= self.muon_polar_steps <= len(POLAR_EXPRESS):
-            raise InputError(f"--train.muon_polar_steps is {self.muon_polar_steps}: give a number between 1 and {len(POLAR_EXPRESS)}")
+            raise InputError(
+                f"--train.muon_polar_steps is {self.muon_polar_steps}: give a number between 1 and {len(POLAR_EXPRESS)}"
+            )
         if self.declared_runs is not None and not 1 <= self.seed <= self.declared_runs:
-            raise InputError(f"--train.seed {self.seed} is not one of the {self.declared_runs} declared runs: their seeds are 1 to {self.declared_runs}")
+            raise InputError(
+                f"--train.seed {self.seed} is not one of the {self.declared_runs} declared runs: their seeds are 1 to {self.declared_runs}"
+            )
         if min(self.mask_rate_start, self.mask_rate_end) == 0:
-            raise InputError("a masking rate of 0 leaves nothing to predict: raise --train.mask_rate_start or --train.mask_rate_end")
+            raise InputError(
+                "a masking rate of 0 leaves nothing to predict: raise --train.mask_rate_start or --train.mask_rate_end"
+            )
         if self.row_tokens is not None and (self.row_tokens < 128 or self.row_tokens % 128):
-            raise InputError(f"--train.row_tokens {self.row_tokens} is not a multiple of 128: try {max(128, self.row_tokens // 128 * 128)}")
+            raise InputError(
+                f"--train.row_tokens {self.row_tokens} is not a multiple of 128: try {max(128, self.row_tokens // 128 * 128)}"
+            )
 
 
 def _shape(preset: str) -> dict:
@@ -126,12 +166,21 @@ def _shape(preset: str) -> dict:
 
 
 PRESETS = {
-    "micro": _shape("micro") | {
-        "data.dir": "data/sample", "data.max_length": 256, "data.valid_tokens": 100_000,
+    "micro": _shape("micro")
+    | {
+        "data.dir": "data/sample",
+        "data.max_length": 256,
+        "data.valid_tokens": 100_000,
         # Small steps and a long decay: after the same tokens a loss of 3.46, where 200 steps of 8,192 and a decay of 0.5 gave 3.63
-        "train.steps": 400, "train.row_tokens": 4096, "train.batch_tokens": 4096, "train.lr_decay": 0.9, "train.valid_every": 100, "train.log_every": 1,
+        "train.steps": 400,
+        "train.row_tokens": 4096,
+        "train.batch_tokens": 4096,
+        "train.lr_decay": 0.9,
+        "train.valid_every": 100,
+        "train.log_every": 1,
         # A run of minutes learns from every word it has to guess: 3.25 where 30% to 15% gave 3.49
-        "train.mask_rate_start": 0.40, "train.mask_rate_end": 0.30,
+        "train.mask_rate_start": 0.40,
+        "train.mask_rate_end": 0.30,
         # With 1,400 words to guess in a step, a rare word's gradient is noise, which Adam would blow up to full size: 400 steps of a
         # longer run gave 4.65 with this epsilon, a seventh of what one occurrence gives, where 1e-10 gave 4.71
         "train.adam_eps": 1e-4,
@@ -153,51 +202,80 @@ def _converter(annotation) -> Callable[[str], object]:
         inner = _converter(next(a for a in arguments if a is not type(None)))
         return lambda text: None if text.lower() == "none" else inner(text)
     if typing.get_origin(annotation) is tuple:
+
         def numbers(text: str) -> tuple:
             parts = text.split(",")
             if len(parts) != len(arguments):
                 raise argparse.ArgumentTypeError(f"expected {len(arguments)} values with commas between, got {text!r}")
             return tuple(_converter(a)(part) for a, part in zip(arguments, parts))
+
         return numbers
     if typing.get_origin(annotation) is typing.Literal:
+
         def choice(text: str) -> str:
             if text not in arguments:
                 raise argparse.ArgumentTypeError(f"choose from {', '.join(arguments)}")
             return text
+
         return choice
     if annotation is bool:
+
         def boolean(text: str) -> bool:
             if text.lower() not in ("true", "false"):
                 raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
             return text.lower() == "true"
+
         return boolean
     if annotation is int:
+
         def integer(text: str) -> int:
             return int(text.replace("_", ""))
+
         return integer
     return annotation
 
 
-def parse_flags(groups: dict[str, type], presets: dict[str, dict], argv: list[str] | None, description: str,
-                default_preset: str, extra: Optional[dict[str, dict]] = None) -> tuple[str, dict[str, dict]]:
+def parse_flags(
+    groups: dict[str, type],
+    presets: dict[str, dict],
+    argv: list[str] | None,
+    description: str,
+    default_preset: str,
+    extra: dict[str, dict] | None = None,
+) -> tuple[str, dict[str, dict]]:
     """Dotted flags for the documented fields of each dataclass. Flags override the preset, the preset the defaults.
 
     Returns the preset's name and, for each group, the values that are not defaults. Unknown flags end the program.
     extra: plain flags beside these, name -> argparse's arguments; their values are returned with the groups'.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--preset", choices=list(presets), default=default_preset, help=f"named settings that flags override [{default_preset}]")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--preset",
+        choices=list(presets),
+        default=default_preset,
+        help=f"named settings that flags override [{default_preset}]",
+    )
     for name, arguments in (extra or {}).items():
         parser.add_argument(f"--{name}", **arguments)
     for group, cls in groups.items():
         box = parser.add_argument_group(f"--{group}.*")
-        annotations = inspect.get_annotations(cls, eval_str=True)  # typing.get_type_hints would fail on transformers' own classes
+        annotations = inspect.get_annotations(
+            cls, eval_str=True
+        )  # typing.get_type_hints would fail on transformers' own classes
         for field in dataclasses.fields(cls):
             if "help" in field.metadata:
                 annotation = annotations[field.name]
                 switch = {"nargs": "?", "const": True} if annotation is bool else {}
-                box.add_argument(f"--{group}.{field.name}", type=_converter(annotation), default=argparse.SUPPRESS, metavar="X",
-                                 help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"), **switch)
+                box.add_argument(
+                    f"--{group}.{field.name}",
+                    type=_converter(annotation),
+                    default=argparse.SUPPRESS,
+                    metavar="X",
+                    help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"),
+                    **switch,
+                )
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset")
     plain = {name: given.pop(name) for name in extra or {}}
@@ -214,7 +292,11 @@ def parse_flags(groups: dict[str, type], presets: dict[str, dict], argv: list[st
 
 def lr_factor(progress: float, c: TrainConfig) -> float:
     if c.lr_schedule == "one_cycle":  # up, then down, without a flat part
-        return progress / c.lr_warmup if progress < c.lr_warmup else c.lr_floor + (1 - c.lr_floor) * (1 - progress) / (1 - c.lr_warmup)
+        return (
+            progress / c.lr_warmup
+            if progress < c.lr_warmup
+            else c.lr_floor + (1 - c.lr_floor) * (1 - progress) / (1 - c.lr_warmup)
+        )
     if progress < c.lr_warmup:
         return progress / c.lr_warmup
     if c.lr_schedule == "cosine":
@@ -253,17 +335,20 @@ def local_window(progress: float, c: TrainConfig, full: int) -> int:
 @dataclass
 class Work:
     """What FLOPs follow from, counted over all ranks: a log gives these sums, so that anyone can check its FLOPs."""
-    tokens: int = 0        # real ones: padding is not work
+
+    tokens: int = 0  # real ones: padding is not work
     global_pairs: int = 0  # pairs of tokens that see each other in a global layer
-    local_pairs: int = 0   # and in a local layer
-    masked: int = 0        # positions predicted
+    local_pairs: int = 0  # and in a local layer
+    masked: int = 0  # positions predicted
 
     def add(self, lengths: np.ndarray, masked: int, window: int) -> None:
         """One forward over documents of these lengths [documents]."""
         lengths, side = lengths.astype(np.int64), window // 2
         self.tokens += int(lengths.sum())
         self.global_pairs += int((lengths**2).sum())
-        self.local_pairs += int(np.where(lengths > side, lengths * (2 * side + 1) - side * (side + 1), lengths**2).sum())
+        self.local_pairs += int(
+            np.where(lengths > side, lengths * (2 * side + 1) - side * (side + 1), lengths**2).sum()
+        )
         self.masked += masked
 
     def training_flops(self, config: KBERTConfig, whole_last_layer: bool = False) -> float:
@@ -281,7 +366,15 @@ def peak_flops(device: torch.device) -> float:
     """Dense bf16 FLOP/s: the data sheet's where we know it, else the best of three large products measured here."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for part, peak in (("H100", 989e12), ("H200", 989e12), ("GH200", 989e12), ("A100", 312e12), ("4090", 165e12), ("L40S", 362e12), ("B200", 2250e12)):
+        for part, peak in (
+            ("H100", 989e12),
+            ("H200", 989e12),
+            ("GH200", 989e12),
+            ("A100", 312e12),
+            ("4090", 165e12),
+            ("L40S", 362e12),
+            ("B200", 2250e12),
+        ):
             if part in name:
                 return peak
     a = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
@@ -300,6 +393,7 @@ def peak_flops(device: torch.device) -> float:
 @dataclass
 class Place:
     """Where this process stands among its peers."""
+
     rank: int
     world_size: int
     device: torch.device
@@ -334,22 +428,30 @@ class Place:
 @contextlib.contextmanager
 def processes():
     """Joins torchrun's process group, if there is one: NCCL between GPUs, gloo between CPUs and for small talk."""
-    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world_size, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
         if local_world_size > torch.cuda.device_count():
-            raise InputError(f"--nproc_per_node={local_world_size} asks for more GPUs than the {torch.cuda.device_count()} of this machine: "
-                             f"start again with --nproc_per_node={torch.cuda.device_count()}")
+            raise InputError(
+                f"--nproc_per_node={local_world_size} asks for more GPUs than the {torch.cuda.device_count()} of this machine: "
+                f"start again with --nproc_per_node={torch.cuda.device_count()}"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_world_size))  # torchrun sets OMP_NUM_THREADS=1 for several processes
+        torch.set_num_threads(
+            max(1, cores // local_world_size)
+        )  # torchrun sets OMP_NUM_THREADS=1 for several processes
         with contextlib.suppress(AttributeError, OSError, TypeError):  # a C library other than glibc
             mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-3, 2**30)      # M_MMAP_THRESHOLD, and
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: to give memory back and fetch it anew, page by page, took 5 to 9% of a step
+            mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, and
+            mallopt(
+                -1, 2**31 - 1
+            )  # M_TRIM_THRESHOLD: to give memory back and fetch it anew, page by page, took 5 to 9% of a step
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
@@ -361,7 +463,9 @@ def processes():
 
 def can_compile(device: torch.device) -> bool:
     """torch.compile needs a C++ compiler on a CPU."""
-    compilers = [os.environ.get("CXX"), "cl"] if sys.platform == "win32" else [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    compilers = (
+        [os.environ.get("CXX"), "cl"] if sys.platform == "win32" else [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    )
     return device.type == "cuda" or any(shutil.which(name) for name in compilers if name)
 
 
@@ -383,7 +487,7 @@ MODULES = ("trainer.py", "model.py", "optimizer.py", "dataloading.py")
 class RunLog:
     """log.txt, metrics.jsonl and the terminal. Only rank 0 holds one; the others write nothing."""
 
-    def __init__(self, directory: Path, steps: Optional[int], initial: int, wandb_run=None):
+    def __init__(self, directory: Path, steps: int | None, initial: int, wandb_run=None):
         self.steps = steps
         self.file = open(directory / "log.txt", "a", encoding="utf-8")
         self.metrics = open(directory / "metrics.jsonl", "a", encoding="utf-8")
@@ -400,7 +504,9 @@ class RunLog:
     def section(self, title: str, text: str, echo: bool = False) -> None:
         self.write(f"=== {title}\n{text}", echo)
 
-    def step(self, step: int, seconds: float, tokens: int, flops: float, peak: float, loss: dict[str, float], **more) -> None:
+    def step(
+        self, step: int, seconds: float, tokens: int, flops: float, peak: float, loss: dict[str, float], **more
+    ) -> None:
         """A line of the log: train_loss or val_loss after `step` steps. peak: FLOP/s of all devices; more: for metrics.jsonl alone."""
         mfu = flops / max(seconds, 1e-9) / peak
         line = log_line(step, self.steps, seconds, tokens, flops, mfu, **loss)
@@ -414,32 +520,68 @@ class RunLog:
             self.wandb_run.log(values, step=step)
 
 
-def log_line(step: int, steps: Optional[int], seconds: float, tokens: int, flops: float, mfu: float,
-             train_loss: Optional[float] = None, val_loss: Optional[float] = None) -> str:
-    losses = "".join(f" {name}:{value:.4f}" for name, value in (("train_loss", train_loss), ("val_loss", val_loss)) if value is not None)
-    return (f"step:{step}/{'-' if steps is None else steps}{losses} train_time:{1000 * seconds:.0f}ms "
-            f"step_avg:{1000 * seconds / max(1, step):.2f}ms tokens:{tokens} flops:{flops:.6e} mfu:{mfu:.4f}")
+def log_line(
+    step: int,
+    steps: int | None,
+    seconds: float,
+    tokens: int,
+    flops: float,
+    mfu: float,
+    train_loss: float | None = None,
+    val_loss: float | None = None,
+) -> str:
+    losses = "".join(
+        f" {name}:{value:.4f}"
+        for name, value in (("train_loss", train_loss), ("val_loss", val_loss))
+        if value is not None
+    )
+    return (
+        f"step:{step}/{'-' if steps is None else steps}{losses} train_time:{1000 * seconds:.0f}ms "
+        f"step_avg:{1000 * seconds / max(1, step):.2f}ms tokens:{tokens} flops:{flops:.6e} mfu:{mfu:.4f}"
+    )
 
 
 def environment(place: Place) -> dict:
     import huggingface_hub
     import transformers
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-                "huggingface_hub": huggingface_hub.__version__, "numpy": np.__version__}
+
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "huggingface_hub": huggingface_hub.__version__,
+        "numpy": np.__version__,
+    }
     if place.device.type == "cuda":
         # The driver has no torch call of its own; its version is the first line of this file on Linux.
         driver = Path("/proc/driver/nvidia/version")
-        hardware = {"device": torch.cuda.get_device_name(place.device), "cuda": torch.version.cuda,
-                    "driver": driver.read_text().splitlines()[0] if driver.exists() else "unknown"}
+        hardware = {
+            "device": torch.cuda.get_device_name(place.device),
+            "cuda": torch.version.cuda,
+            "driver": driver.read_text().splitlines()[0] if driver.exists() else "unknown",
+        }
     else:
         info = Path("/proc/cpuinfo")
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-        hardware = {"device": (names or [platform.processor() or platform.machine()])[0], "threads": torch.get_num_threads()}
+        names = (
+            [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+            if info.exists()
+            else []
+        )
+        hardware = {
+            "device": (names or [platform.processor() or platform.machine()])[0],
+            "threads": torch.get_num_threads(),
+        }
     identity = Path("/etc/machine-id")
     said = platform.node() + (identity.read_text() if identity.exists() else "")
     machine = hashlib.sha256(said.encode()).hexdigest()[:12]  # tells machines apart, names none
-    return {**versions, **hardware, "system": platform.platform(), "world_size": place.world_size, "machine": machine,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    return {
+        **versions,
+        **hardware,
+        "system": platform.platform(),
+        "world_size": place.world_size,
+        "machine": machine,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 CODE_HEADER = re.compile(r"^--- (?P<name>\S+) sha256:(?P<sha256>[0-9a-f]{64})(?: lines:(?P<lines>\d+))?$")
@@ -448,7 +590,10 @@ CODE_HEADER = re.compile(r"^--- (?P<name>\S+) sha256:(?P<sha256>[0-9a-f]{64})(?:
 def module_code(names: Sequence[str] = MODULES) -> str:
     """What ran, byte for byte: every module under a header with its sha256 and number of lines."""
     texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in names}
-    return "\n".join(f"--- {name} sha256:{sha256_of(ROOT / name)} lines:{text.count(chr(10))}\n{text[:-1]}" for name, text in texts.items())
+    return "\n".join(
+        f"--- {name} sha256:{sha256_of(ROOT / name)} lines:{text.count(chr(10))}\n{text[:-1]}"
+        for name, text in texts.items()
+    )
 
 
 def split_code(text: str) -> tuple[str, dict[str, str]]:
@@ -462,7 +607,15 @@ def split_code(text: str) -> tuple[str, dict[str, str]]:
     return "\n".join(kept), code
 
 
-def open_log(log: RunLog, argv: Sequence[str], resolved: dict, place: Place, measured: dict, data: dict, modules: Sequence[str] = MODULES) -> None:
+def open_log(
+    log: RunLog,
+    argv: Sequence[str],
+    resolved: dict,
+    place: Place,
+    measured: dict,
+    data: dict,
+    modules: Sequence[str] = MODULES,
+) -> None:
     """What a run is, before its first line. measured: what belongs to the machine and was found at the start, such as peak_flops."""
     log.section("command", shlex.join(argv))
     log.section("config", json.dumps(resolved))
@@ -475,6 +628,7 @@ def draw_curves(run: Path) -> None:
     """curves.png beside the log, when matplotlib is there."""
     try:
         from records.plot import draw
+
         draw([run], run / "curves.png")
     except ImportError:
         pass
@@ -530,9 +684,21 @@ def frozen_mask(offsets: np.ndarray) -> np.ndarray:
     return (offsets >= 0) & (mixed(offsets + 1) < np.uint64(FROZEN_MASK_RATE * 2**64))
 
 
-def validation_loader(directory: Path, manifest: dict, data: DataConfig, row_tokens: int, place: Place, split: str = "valid") -> Loader:
-    return Loader(directory, manifest, split, row_tokens, data.max_length, seed=None, max_tokens=data.valid_tokens,
-                  rank=place.rank, world_size=place.world_size, device=place.device)
+def validation_loader(
+    directory: Path, manifest: dict, data: DataConfig, row_tokens: int, place: Place, split: str = "valid"
+) -> Loader:
+    return Loader(
+        directory,
+        manifest,
+        split,
+        row_tokens,
+        data.max_length,
+        seed=None,
+        max_tokens=data.valid_tokens,
+        rank=place.rank,
+        world_size=place.world_size,
+        device=place.device,
+    )
 
 
 def validate(loss_of, loader: Loader, mask_id: int, window: int, max_length: int, place: Place) -> float:
@@ -545,7 +711,9 @@ def validate(loss_of, loader: Loader, mask_id: int, window: int, max_length: int
         masked = torch.from_numpy(np.pad(masked, (0, -len(masked) % 64 or 64))).to(place.device)
         input_ids, masked, targets = corrupt(row, masked, mask_id)
         # With gradients enabled, though unused: the graph that training compiled serves here too.
-        total += loss_of(input_ids, row.document_ids, row.positions, masked, targets, max_seqlen=max_length, window=window).detach()
+        total += loss_of(
+            input_ids, row.document_ids, row.positions, masked, targets, max_seqlen=max_length, window=window
+        ).detach()
     loss, count = place.sum(total.item(), count)
     if not count:
         raise InputError("the validation set holds no text to mask: raise --data.valid_tokens or pack more text")
@@ -554,7 +722,10 @@ def validate(loss_of, loader: Loader, mask_id: int, window: int, max_length: int
 
 def data_hash(manifest: dict) -> str:
     """Of tokenizer and shards: two runs with the same one read the same tokens."""
-    said = [manifest["tokenizer"]["sha256"], sorted((name, entry["sha256"]) for name, entry in manifest["shards"].items())]
+    said = [
+        manifest["tokenizer"]["sha256"],
+        sorted((name, entry["sha256"]) for name, entry in manifest["shards"].items()),
+    ]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
@@ -577,8 +748,17 @@ def describe_validation(loader: Loader, train_shards: list[Path], vocab_size: in
         ids, text, masked = row.input_ids.cpu().numpy(), row.offsets >= 0, frozen_mask(row.offsets)
         code = mixed(row.offsets[text] + 1) + (ids[text].astype(np.uint64) * np.uint64(2) + masked[text])
         fingerprint = (fingerprint + int(mixed(code).sum(dtype=np.uint64))) % 2**64
-        tokens, masked_tokens, unigram = tokens + int(text.sum()), masked_tokens + int(masked.sum()), unigram + surprise[ids[masked]].sum()
-    return {"tokens": tokens, "masked_tokens": masked_tokens, "fingerprint": f"{fingerprint:016x}", "unigram_loss": unigram / max(1, masked_tokens)}
+        tokens, masked_tokens, unigram = (
+            tokens + int(text.sum()),
+            masked_tokens + int(masked.sum()),
+            unigram + surprise[ids[masked]].sum(),
+        )
+    return {
+        "tokens": tokens,
+        "masked_tokens": masked_tokens,
+        "fingerprint": f"{fingerprint:016x}",
+        "unigram_loss": unigram / max(1, masked_tokens),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -599,7 +779,9 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
     os.replace(temporary, folder)
 
 
-def save_checkpoint(folder: Path, model: KBERTForMaskedLM, tokenizer, optimizer_state: dict, state: dict, keep: int) -> None:
+def save_checkpoint(
+    folder: Path, model: KBERTForMaskedLM, tokenizer, optimizer_state: dict, state: dict, keep: int
+) -> None:
     """Model in Hugging Face form, optimizer.safetensors and state.json. There is no random state: masks follow from the row's number."""
     from safetensors.torch import save_file
 
@@ -619,11 +801,13 @@ def save_model(folder: Path, model: KBERTForMaskedLM, tokenizer) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def find_checkpoint(resume: str, out: Path, run_name: Optional[str]) -> Optional[Path]:
+def find_checkpoint(resume: str, out: Path, run_name: str | None) -> Path | None:
     """The folder to resume from. auto: None when there is nothing to resume."""
     if resume != "auto":
         if not (Path(resume) / "state.json").exists():
-            raise InputError(f"--train.resume {resume} is not a checkpoint: give a folder logs/RUN/checkpoints/step-NNNNNN, or auto")
+            raise InputError(
+                f"--train.resume {resume} is not a checkpoint: give a folder logs/RUN/checkpoints/step-NNNNNN, or auto"
+            )
         return Path(resume)
     runs = [out / run_name] if run_name else [run for run in out.glob("*") if not (run / "model").exists()]
     checkpoints = [path for run in runs for path in run.glob("checkpoints/step-*[0-9]")]
@@ -640,14 +824,17 @@ class HubPusher:
     def __init__(self, name: str):
         """Checks token and name before training starts, not after. Raises InputError."""
         from huggingface_hub import HfApi
+
         self.api, self.name = HfApi(), name
-        self.pending: list[tuple[Path, str, Optional[Future]]] = []
+        self.pending: list[tuple[Path, str, Future | None]] = []
         try:
             self.api.whoami()
             self.api.create_repo(name, exist_ok=True)
         except Exception as error:  # whatever the Hub or the network has to say
-            raise InputError(f"cannot push to {name} on the Hugging Face Hub ({type(error).__name__}: {first_line(error)}): "
-                             "run `hf auth login` with a token that may write there, or drop --train.hf_model_name") from error
+            raise InputError(
+                f"cannot push to {name} on the Hugging Face Hub ({type(error).__name__}: {first_line(error)}): "
+                "run `hf auth login` with a token that may write there, or drop --train.hf_model_name"
+            ) from error
 
     def push(self, folder: Path, revision: str) -> None:
         """Starts uploading; the folder is the pusher's from now on."""
@@ -655,8 +842,13 @@ class HubPusher:
         try:
             if revision != "main":
                 self.api.create_branch(self.name, branch=revision, exist_ok=True)
-            future = self.api.upload_folder(repo_id=self.name, folder_path=folder, revision=revision, run_as_future=True,
-                                            commit_message=f"KBERT {revision}")
+            future = self.api.upload_folder(
+                repo_id=self.name,
+                folder_path=folder,
+                revision=revision,
+                run_as_future=True,
+                commit_message=f"KBERT {revision}",
+            )
         except Exception as error:
             print(f"warning: pushing {folder} to {self.name} failed ({first_line(error)})", file=sys.stderr)
         self.pending.append((folder, revision, future))
@@ -673,7 +865,9 @@ class HubPusher:
                     shutil.rmtree(folder)
             except Exception as error:
                 print(f"warning: pushing {folder} to {self.name} failed ({first_line(error)})", file=sys.stderr)
-                commands.append(f"hf upload {shlex.quote(self.name)} {shlex.quote(str(folder))} . --revision {revision}")
+                commands.append(
+                    f"hf upload {shlex.quote(self.name)} {shlex.quote(str(folder))} . --revision {revision}"
+                )
         return commands
 
 
@@ -735,16 +929,37 @@ def mask_count(rate: float, row_tokens: int) -> int:
 def model_config(specials: dict, max_length: int, values: dict) -> KBERTConfig:
     """A model for the tokenizer of a manifest. Raises InputError for a shape that cannot be."""
     try:
-        return KBERTConfig(vocab_size=specials["vocab_size"], max_position_embeddings=max_length, pad_token_id=specials["pad"],
-                           cls_token_id=specials["cls"], sep_token_id=specials["sep"], mask_token_id=specials["mask"], **values)
+        return KBERTConfig(
+            vocab_size=specials["vocab_size"],
+            max_position_embeddings=max_length,
+            pad_token_id=specials["pad"],
+            cls_token_id=specials["cls"],
+            sep_token_id=specials["sep"],
+            mask_token_id=specials["mask"],
+            **values,
+        )
     except ValueError as error:
         raise InputError(str(error)) from error
 
 
-def make_optimizer(model: KBERTForMaskedLM, train: TrainConfig, rank: int, world_size: int, compiled: bool) -> Optimizer:
-    return Optimizer(model, rank=rank, world_size=world_size, compiled=compiled, muon_lr=train.muon_lr, muon_weight_decay=train.muon_weight_decay,
-                     muon_beta2=train.muon_beta2, muon_polar_steps=train.muon_polar_steps, embed_lr=train.embed_lr, embed_betas=train.embed_betas,
-                     scalar_lr=train.scalar_lr, scalar_betas=train.scalar_betas, adam_eps=train.adam_eps)
+def make_optimizer(
+    model: KBERTForMaskedLM, train: TrainConfig, rank: int, world_size: int, compiled: bool
+) -> Optimizer:
+    return Optimizer(
+        model,
+        rank=rank,
+        world_size=world_size,
+        compiled=compiled,
+        muon_lr=train.muon_lr,
+        muon_weight_decay=train.muon_weight_decay,
+        muon_beta2=train.muon_beta2,
+        muon_polar_steps=train.muon_polar_steps,
+        embed_lr=train.embed_lr,
+        embed_betas=train.embed_betas,
+        scalar_lr=train.scalar_lr,
+        scalar_betas=train.scalar_betas,
+        adam_eps=train.adam_eps,
+    )
 
 
 def make_loss(model: KBERTForMaskedLM, compiled: bool):
@@ -763,7 +978,9 @@ def make_loss(model: KBERTForMaskedLM, compiled: bool):
     return loss_of
 
 
-def warm_up(model, loss_of, optimizer: Optimizer, train: TrainConfig, row_tokens: int, max_length: int, device: torch.device) -> None:
+def warm_up(
+    model, loss_of, optimizer: Optimizer, train: TrainConfig, row_tokens: int, max_length: int, device: torch.device
+) -> None:
     """Compiles every kernel on random documents, takes a step of length 0, and leaves model and optimizer as they were.
 
     With as many masked positions as the run will ever have, so that a row which fits here fits throughout.
@@ -772,7 +989,15 @@ def warm_up(model, loss_of, optimizer: Optimizer, train: TrainConfig, row_tokens
     input_ids = token * 31 % model.config.vocab_size
     masked = torch.arange(mask_count(max(train.mask_rate_start, train.mask_rate_end), row_tokens), device=device)
     for window in sorted({local_window(p / 1000, train, model.config.local_attention_window) for p in range(1001)}):
-        loss_of(input_ids, token // max_length, token % max_length, masked, input_ids[masked].long(), max_seqlen=max_length, window=window).backward()
+        loss_of(
+            input_ids,
+            token // max_length,
+            token % max_length,
+            masked,
+            input_ids[masked].long(),
+            max_seqlen=max_length,
+            window=window,
+        ).backward()
     optimizer.step(lr_factor=0.0, momentum=0.0)
     optimizer.reset()
 
@@ -784,7 +1009,9 @@ def fit_row_tokens(train: TrainConfig, place: Place, attempt: Callable[[int], No
     elif train.grad_accum is not None:
         candidates = [65536, 49152, 32768, 16384, 8192]
     else:
-        candidates = [size for size in (65536, 49152, 32768, 16384, 8192) if train.batch_tokens % (size * place.world_size) == 0]
+        candidates = [
+            size for size in (65536, 49152, 32768, 16384, 8192) if train.batch_tokens % (size * place.world_size) == 0
+        ]
     for size in candidates:
         if train.grad_accum is None and train.batch_tokens % (size * place.world_size):
             break
@@ -798,14 +1025,22 @@ def fit_row_tokens(train: TrainConfig, place: Place, attempt: Callable[[int], No
         torch.cuda.empty_cache()
     else:
         if candidates:
-            raise InputError(f"rows of {candidates[-1]} tokens do not fit into this GPU's memory: lower --train.row_tokens")
+            raise InputError(
+                f"rows of {candidates[-1]} tokens do not fit into this GPU's memory: lower --train.row_tokens"
+            )
     size = candidates[0] if candidates else 8192
     fitting = max(1, round(train.batch_tokens / (size * place.world_size))) * size * place.world_size
-    raise InputError(f"--train.batch_tokens {train.batch_tokens} is not a multiple of row_tokens x ranks = {size} x {place.world_size}: "
-                     f"use --train.batch_tokens {fitting} or set --train.grad_accum")
+    raise InputError(
+        f"--train.batch_tokens {train.batch_tokens} is not a multiple of row_tokens x ranks = {size} x {place.world_size}: "
+        f"use --train.batch_tokens {fitting} or set --train.grad_accum"
+    )
 
 
-PROMPTS = ("The capital of France is {mask}.", "Returns the {mask} of the list.", "If the file does not {mask}, an error is raised.")
+PROMPTS = (
+    "The capital of France is {mask}.",
+    "Returns the {mask} of the list.",
+    "If the file does not {mask}, an error is raised.",
+)
 
 
 def answers(model: KBERTForMaskedLM, tokenizer, device: torch.device) -> list[str]:
@@ -814,14 +1049,21 @@ def answers(model: KBERTForMaskedLM, tokenizer, device: torch.device) -> list[st
     for prompt in PROMPTS:
         inputs = tokenizer(prompt.format(mask=tokenizer.mask_token), return_tensors="pt").to(device)
         with torch.no_grad():
-            logits = model(inputs["input_ids"]).logits[0, (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0, 0]]
+            logits = model(inputs["input_ids"]).logits[
+                0, (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0, 0]
+            ]
         top = logits.softmax(-1).topk(3)
-        words = ", ".join(f"{tokenizer.decode([token]).strip()!r} {p:.0%}" for p, token in zip(top.values.tolist(), top.indices.tolist()))
+        words = ", ".join(
+            f"{tokenizer.decode([token]).strip()!r} {p:.0%}"
+            for p, token in zip(top.values.tolist(), top.indices.tolist())
+        )
         lines.append(f"{prompt.format(mask='____')}  ->  {words}")
     return lines
 
 
-def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig, model_values: dict, argv: list[str]) -> dict:
+def train_model(
+    place: Place, preset: str, data: DataConfig, train: TrainConfig, model_values: dict, argv: list[str]
+) -> dict:
     """The whole run. Returns what it prints at the end."""
     device, steps = place.device, None if train.max_minutes is not None else train.steps
 
@@ -829,6 +1071,7 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
     directory, sample = Path(data.dir), Path(PRESETS["micro"]["data.dir"])
     if directory == sample and not (sample / "manifest.json").exists():
         from data.make_sample import make_sample
+
         if place.first:
             print(f"no {sample}: building it from the documentation of the installed packages")
         place.on_first(lambda: make_sample(sample))
@@ -837,6 +1080,7 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
     tokenizer = None
     if (directory / "tokenizer").exists():
         from transformers import AutoTokenizer
+
         tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
 
     # --- where the run lives, and what it continues
@@ -844,8 +1088,12 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
     checkpoint = place.on_first(lambda: find_checkpoint(train.resume, out, train.run_name) if train.resume else None)
     name = train.run_name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{preset}"
     run = place.on_first(lambda: checkpoint.parent.parent if checkpoint else out / name)
-    if checkpoint is None and place.on_first(lambda: (run / "log.txt").exists() and (run / "log.txt").stat().st_size > 0):
-        raise InputError(f"{run} holds a run already: choose another --train.run_name, or continue it with --train.resume auto")
+    if checkpoint is None and place.on_first(
+        lambda: (run / "log.txt").exists() and (run / "log.txt").stat().st_size > 0
+    ):
+        raise InputError(
+            f"{run} holds a run already: choose another --train.run_name, or continue it with --train.resume auto"
+        )
     place.on_first(lambda: run.mkdir(parents=True, exist_ok=True))
     place.on_first(lambda: (run / "log.txt").touch())  # says now, not in an hour, that this place cannot be written
     if train.wandb_project:
@@ -873,48 +1121,96 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
 
     # --- compile, measure what fits, and put everything back
     started = time.perf_counter()
-    row_tokens = fit_row_tokens(train, place, lambda size: warm_up(model, loss_of, optimizer, train, size, data.max_length, device))
+    row_tokens = fit_row_tokens(
+        train, place, lambda size: warm_up(model, loss_of, optimizer, train, size, data.max_length, device)
+    )
     rows_per_rank = train.grad_accum or train.batch_tokens // (row_tokens * place.world_size)
     compile_seconds = time.perf_counter() - started
 
     state = {"step": 0, "seconds": 0.0, "work": dataclasses.asdict(Work()), "loader": None}
-    identity = {"model": {k: v for k, v in config.to_dict().items() if k != "transformers_version"}, "data": data_hash(manifest),
-                "seed": train.seed, "row_tokens": row_tokens, "max_length": data.max_length}
+    identity = {
+        "model": {k: v for k, v in config.to_dict().items() if k != "transformers_version"},
+        "data": data_hash(manifest),
+        "seed": train.seed,
+        "row_tokens": row_tokens,
+        "max_length": data.max_length,
+    }
     if checkpoint:
         from safetensors.torch import load_file
+
         state = json.loads((checkpoint / "state.json").read_text())
         different = [key for key in identity if state["identity"][key] != json.loads(json.dumps(identity[key]))]
         if different:
-            raise InputError(f"{checkpoint} was made with other settings ({', '.join(different)}): resume with those, or start a new --train.run_name")
+            raise InputError(
+                f"{checkpoint} was made with other settings ({', '.join(different)}): resume with those, or start a new --train.run_name"
+            )
         weights = load_file(checkpoint / "model.safetensors", device=str(device))
         missing = model.load_state_dict(weights, strict=False)
         assert set(missing.missing_keys) <= {"lm_head.weight"} and not missing.unexpected_keys, missing
         optimizer.load_state_dict(load_file(checkpoint / "optimizer.safetensors"))
-    loader = Loader(directory, manifest, "train", row_tokens, data.max_length, seed=train.seed, rank=place.rank,
-                    world_size=place.world_size, device=device, state=state["loader"])
+    loader = Loader(
+        directory,
+        manifest,
+        "train",
+        row_tokens,
+        data.max_length,
+        seed=train.seed,
+        rank=place.rank,
+        world_size=place.world_size,
+        device=device,
+        state=state["loader"],
+    )
     valid_loader = validation_loader(directory, manifest, data, row_tokens, place)
 
     # --- the log's opening
-    resolved = {"preset": preset, "data": dataclasses.asdict(data), "train": {**dataclasses.asdict(train), "row_tokens": row_tokens},
-                "model": {field.name: getattr(config, field.name) for field in dataclasses.fields(KBERTConfig) if "help" in field.metadata}}
+    resolved = {
+        "preset": preset,
+        "data": dataclasses.asdict(data),
+        "train": {**dataclasses.asdict(train), "row_tokens": row_tokens},
+        "model": {
+            field.name: getattr(config, field.name)
+            for field in dataclasses.fields(KBERTConfig)
+            if "help" in field.metadata
+        },
+    }
     parameters = sum(p.numel() for p in model.parameters())
     log, wandb_run, peak = None, None, peak_flops(device) * place.world_size
     if place.first:
         if train.wandb_project:
             wandb_run = wandb.init(project=train.wandb_project, name=run.name, config=resolved)
         alone = Place(0, 1, torch.device("cpu"))
-        validation = describe_validation(validation_loader(directory, manifest, data, row_tokens, alone),
-                                         [directory / n for n, e in manifest["shards"].items() if e["split"] == "train"], config.vocab_size)
+        validation = describe_validation(
+            validation_loader(directory, manifest, data, row_tokens, alone),
+            [directory / n for n, e in manifest["shards"].items() if e["split"] == "train"],
+            config.vocab_size,
+        )
         log = RunLog(run, steps, state["step"], wandb_run)
         if checkpoint:
             log.section("resumed", f"{checkpoint.name}", echo=True)
         else:
             (run / "config.json").write_text(json.dumps(resolved, indent=1))
-            open_log(log, argv, resolved, place, {"peak_flops": peak, "compiled": compiled, "compile_seconds": round(compile_seconds, 2)},
-                     {"hash": data_hash(manifest), "tokenizer": specials["sha256"], "vocab_size": config.vocab_size, "validation": validation})
-            log.section("run", f"{run}: {parameters / 1e6:.1f}M parameters ({(parameters - model.encoder.embed.weight.numel()) / 1e6:.1f}M without the "
-                        f"embedding), {place.world_size} x {rows_per_rank} rows of {row_tokens} tokens a step, compiled in {compile_seconds:.0f} s", echo=True)
-            log.write(f"loss of a uniform guess {math.log(config.vocab_size):.4f}, of unigram frequencies {validation['unigram_loss']:.4f}")
+            open_log(
+                log,
+                argv,
+                resolved,
+                place,
+                {"peak_flops": peak, "compiled": compiled, "compile_seconds": round(compile_seconds, 2)},
+                {
+                    "hash": data_hash(manifest),
+                    "tokenizer": specials["sha256"],
+                    "vocab_size": config.vocab_size,
+                    "validation": validation,
+                },
+            )
+            log.section(
+                "run",
+                f"{run}: {parameters / 1e6:.1f}M parameters ({(parameters - model.encoder.embed.weight.numel()) / 1e6:.1f}M without the "
+                f"embedding), {place.world_size} x {rows_per_rank} rows of {row_tokens} tokens a step, compiled in {compile_seconds:.0f} s",
+                echo=True,
+            )
+            log.write(
+                f"loss of a uniform guess {math.log(config.vocab_size):.4f}, of unigram frequencies {validation['unigram_loss']:.4f}"
+            )
 
     # --- the loop
     interrupted = False
@@ -930,10 +1226,21 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
     val_loss = None
 
     def save(push: bool) -> None:
-        if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):  # the loss would tell only at the next step
-            raise InputError(f"the weights after step {step} are not finite: no checkpoint was overwritten; lower the learning rates and use --train.resume auto")
+        if not all(
+            bool(torch.isfinite(p).all()) for p in model.parameters()
+        ):  # the loss would tell only at the next step
+            raise InputError(
+                f"the weights after step {step} are not finite: no checkpoint was overwritten; lower the learning rates and use --train.resume auto"
+            )
         optimizer_state = optimizer.state_dict()
-        state = {"step": step, "seconds": clock.seconds, "work": dataclasses.asdict(work), "loader": loader_state, "identity": identity, "config": resolved}
+        state = {
+            "step": step,
+            "seconds": clock.seconds,
+            "work": dataclasses.asdict(work),
+            "loader": loader_state,
+            "identity": identity,
+            "config": resolved,
+        }
 
         def write():
             folder = run / "checkpoints" / f"step-{step:06d}"
@@ -955,8 +1262,10 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
         losses = place.sum(*torch.stack([loss for _, loss, _ in unread]).tolist())
         for loss, (at, _, said) in zip(losses, unread):
             if not math.isfinite(loss):
-                raise InputError(f"the loss of step {at} is {loss}, at learning-rate factor {said['lr_factor']:.4g} (muon {train.muon_lr * said['lr_factor']:.4g}, "
-                                 f"embedding {train.embed_lr * said['lr_factor']:.4g}), rows {said['rows']}: no checkpoint was overwritten; lower the rates and use --train.resume auto")
+                raise InputError(
+                    f"the loss of step {at} is {loss}, at learning-rate factor {said['lr_factor']:.4g} (muon {train.muon_lr * said['lr_factor']:.4g}, "
+                    f"embedding {train.embed_lr * said['lr_factor']:.4g}), rows {said['rows']}: no checkpoint was overwritten; lower the rates and use --train.resume auto"
+                )
         if place.first:
             write_line({"train_loss": losses[-1]}, **unread[-1][2], data_wait_seconds=waited)
         unread.clear()
@@ -971,7 +1280,12 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
         window = local_window(progress, train, config.local_attention_window)
         done = progress >= 1
 
-        if done or stop or (train.valid_every and step % train.valid_every == 0) or (train.save_every and step and step % train.save_every == 0):
+        if (
+            done
+            or stop
+            or (train.valid_every and step % train.valid_every == 0)
+            or (train.save_every and step and step % train.save_every == 0)
+        ):
             clock.stop()
             write_losses()
         if done or (train.valid_every and step % train.valid_every == 0 and not stop):
@@ -986,15 +1300,30 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
         clock.start()
         count = mask_count(mask_rate(progress, train), row_tokens)
         accum = max(1, round(rows_per_rank * batch_factor(progress, train)))
-        factor = lr_factor(progress, train) * (accum / rows_per_rank) ** 0.5  # a smaller batch takes smaller steps (Malladi et al. 2022)
+        factor = (
+            lr_factor(progress, train) * (accum / rows_per_rank) ** 0.5
+        )  # a smaller batch takes smaller steps (Malladi et al. 2022)
         before = time.perf_counter()
         batch = [next(rows) for _ in range(accum)]
         waited += time.perf_counter() - before
-        masked_tokens = sum(min(count, text) for row in batch for text in row.round_text)  # over all ranks: the loss is a mean over these
+        masked_tokens = sum(
+            min(count, text) for row in batch for text in row.round_text
+        )  # over all ranks: the loss is a mean over these
         loss = torch.zeros((), device=device)
         for row in batch:
             input_ids, masked, targets = draw_masks(row, count, train.seed, config.mask_token_id)
-            row_loss = loss_of(input_ids, row.document_ids, row.positions, masked, targets, max_seqlen=data.max_length, window=window) / masked_tokens
+            row_loss = (
+                loss_of(
+                    input_ids,
+                    row.document_ids,
+                    row.positions,
+                    masked,
+                    targets,
+                    max_seqlen=data.max_length,
+                    window=window,
+                )
+                / masked_tokens
+            )
             row_loss.backward()
             loss += row_loss.detach()
         optimizer.step(factor, muon_momentum(progress, train))
@@ -1002,8 +1331,19 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
         step += 1
         loader_state = batch[-1].state
         work.add(np.concatenate([row.round_lengths for row in batch]), masked_tokens, window)
-        unread.append((step, loss, {"lr_factor": factor, "mask_rate": count / row_tokens, "window": window,
-                              "batch_tokens": accum * place.world_size * row_tokens, "rows": [row.index for row in batch]}))
+        unread.append(
+            (
+                step,
+                loss,
+                {
+                    "lr_factor": factor,
+                    "mask_rate": count / row_tokens,
+                    "window": window,
+                    "batch_tokens": accum * place.world_size * row_tokens,
+                    "rows": [row.index for row in batch],
+                },
+            )
+        )
         if step % train.log_every == 0:
             if device.type == "cuda":
                 loss.item()  # the clock must not run ahead of the GPU
@@ -1018,29 +1358,65 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
 
     # --- the end
     has_test = any(entry["split"] == "test" and entry["tokens"] for entry in manifest["shards"].values())
-    test_loss = validate(loss_of, validation_loader(directory, manifest, data, row_tokens, place, "test"), config.mask_token_id, window,
-                         data.max_length, place) if has_test else None
+    test_loss = (
+        validate(
+            loss_of,
+            validation_loader(directory, manifest, data, row_tokens, place, "test"),
+            config.mask_token_id,
+            window,
+            data.max_length,
+            place,
+        )
+        if has_test
+        else None
+    )
     flops = work.training_flops(config)
-    result = {"run": str(run), "step": step, "finished": True, "val_loss": val_loss, "test_loss": test_loss, "seconds": clock.seconds,
-              "flops": flops, "work": dataclasses.asdict(work), "parameters": parameters}
+    result = {
+        "run": str(run),
+        "step": step,
+        "finished": True,
+        "val_loss": val_loss,
+        "test_loss": test_loss,
+        "seconds": clock.seconds,
+        "flops": flops,
+        "work": dataclasses.asdict(work),
+        "parameters": parameters,
+    }
 
     def finish() -> None:
         def write(into: Path) -> None:
             save_model(into, model, tokenizer)
-            (into / "README.md").write_text(MODEL_CARD.format(
-                name=train.hf_model_name or run.name, layers=config.num_hidden_layers, hidden=config.hidden_size, parameters=parameters / 1e6,
-                val_loss=val_loss, tokens=work.tokens, flops=flops, minutes=clock.seconds / 60, world_size=place.world_size,
-                device=environment(place)["device"], source=json.dumps(manifest["source"]), mask=getattr(tokenizer, "mask_token", "[MASK]")), encoding="utf-8")
+            (into / "README.md").write_text(
+                MODEL_CARD.format(
+                    name=train.hf_model_name or run.name,
+                    layers=config.num_hidden_layers,
+                    hidden=config.hidden_size,
+                    parameters=parameters / 1e6,
+                    val_loss=val_loss,
+                    tokens=work.tokens,
+                    flops=flops,
+                    minutes=clock.seconds / 60,
+                    world_size=place.world_size,
+                    device=environment(place)["device"],
+                    source=json.dumps(manifest["source"]),
+                    mask=getattr(tokenizer, "mask_token", "[MASK]"),
+                ),
+                encoding="utf-8",
+            )
 
         save_folder(run / "model", write)
         close_log(log, {**result, "model_sha256": sha256_of(run / "model" / "model.safetensors")})
         draw_curves(run)
         log.bar.close()
-        print(f"\nvalidation loss  {val_loss:.4f}   (unigram frequencies alone: {validation['unigram_loss']:.4f}; below that, the model uses context)")
+        print(
+            f"\nvalidation loss  {val_loss:.4f}   (unigram frequencies alone: {validation['unigram_loss']:.4f}; below that, the model uses context)"
+        )
         if test_loss is not None:
             print(f"test loss        {test_loss:.4f}")
-        print(f"tokens           {work.tokens:,}\nmodel FLOPs      {flops:.3e}\ntraining time    {clock.seconds:.1f} s"
-              f"\nlog              {run / 'log.txt'}\nmodel            {run / 'model'}")
+        print(
+            f"tokens           {work.tokens:,}\nmodel FLOPs      {flops:.3e}\ntraining time    {clock.seconds:.1f} s"
+            f"\nlog              {run / 'log.txt'}\nmodel            {run / 'model'}"
+        )
         if tokenizer is not None:
             print("\n".join(answers(model, tokenizer, device)))
         if hub:
@@ -1055,7 +1431,9 @@ def train_model(place: Place, preset: str, data: DataConfig, train: TrainConfig,
 
 
 def main(argv: list[str] | None = None) -> None:
-    preset, values = parse_flags({"data": DataConfig, "train": TrainConfig, "model": KBERTConfig}, PRESETS, argv, __doc__, default_preset="base")
+    preset, values = parse_flags(
+        {"data": DataConfig, "train": TrainConfig, "model": KBERTConfig}, PRESETS, argv, __doc__, default_preset="base"
+    )
     data, train = DataConfig(**values["data"]), TrainConfig(**values["train"])
     with processes() as place:
         train_model(place, preset, data, train, values["model"], sys.argv if argv is None else ["trainer.py", *argv])

@@ -17,8 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.train_tokenizer import bring_tokenizer, reading  # noqa: E402
-from dataloading import HEADER_BYTES, InputError, read_shard, sha256_of, write_manifest  # noqa: E402
+from data.train_tokenizer import bring_tokenizer, reading
+from dataloading import HEADER_BYTES, InputError, read_shard, sha256_of, write_manifest
 
 REPO = "lapp0/packed_fineweb_edu"
 TOKENIZER = "answerdotai/ModernBERT-base"
@@ -85,30 +85,48 @@ def download_shards(repo: str, revision: str, remotes: dict, out: Path, threads:
         with ThreadPoolExecutor(threads) as pool:
             failed = [fault for fault in pool.map(fetch, remotes) if fault]
     if failed:
-        raise InputError(f"{len(failed)} of {len(remotes)} files failed, run the same command again: {'; '.join(failed)}")
+        raise InputError(
+            f"{len(failed)} of {len(remotes)} files failed, run the same command again: {'; '.join(failed)}"
+        )
 
 
-def write_download_manifest(out: Path, repo: str, revision: str, splits: dict[str, str], tokenizer: dict, mark: int) -> None:
+def write_download_manifest(
+    out: Path, repo: str, revision: str, splits: dict[str, str], tokenizer: dict, mark: int
+) -> None:
     """`mark` is the token that occurs exactly once in each document."""
     shards = {}
     for name, split in tqdm(splits.items(), unit="file", desc="manifest"):
         tokens = read_shard(out / name)
         documents = sum(int(np.count_nonzero(tokens[i : i + 2**24] == mark)) for i in range(0, len(tokens), 2**24))
         shards[name] = {"split": split, "tokens": len(tokens), "documents": documents, "sha256": sha256_of(out / name)}
-    write_manifest(out, {"format": 1, "tokenizer": tokenizer, "source": {"dataset": repo, "revision": revision},
-                         "split_rule": "as published", "shards": shards})
+    write_manifest(
+        out,
+        {
+            "format": 1,
+            "tokenizer": tokenizer,
+            "source": {"dataset": repo, "revision": revision},
+            "split_rule": "as published",
+            "shards": shards,
+        },
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_chunks", type=int, required=True, help="training shards, of about 100M tokens and 200 MB each")
-    parser.add_argument("--out", type=Path, default=Path("data/fineweb_edu"), help="folder for shards, manifest and tokenizer")
+    parser.add_argument(
+        "--num_chunks", type=int, required=True, help="training shards, of about 100M tokens and 200 MB each"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("data/fineweb_edu"), help="folder for shards, manifest and tokenizer"
+    )
     parser.add_argument("--threads", type=int, default=8, help="files fetched at the same time")
     args = parser.parse_args()
     revision, found = list_shards(REPO, r"fwedu_(train|valid|test)_(\d{6})\.bin")
     train = [name for name, (split, _) in found.items() if split == "train"]
     if not 1 <= args.num_chunks <= len(train):
-        raise InputError(f"--num_chunks {args.num_chunks} is not between 1 and {len(train)}, the training shards of {REPO}")
+        raise InputError(
+            f"--num_chunks {args.num_chunks} is not between 1 and {len(train)}, the training shards of {REPO}"
+        )
     wanted = train[: args.num_chunks] + ["fwedu_valid_000000.bin", "fwedu_test_000000.bin"]
     if missing := [name for name in wanted if name not in found]:
         raise InputError(f"{REPO} has no {', '.join(missing)}")

@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.download_fineweb_edu import TOKENIZER, download_shards, list_shards, write_download_manifest  # noqa: E402
-from data.pack_mnli import LABEL_END  # noqa: E402
-from data.train_tokenizer import bring_tokenizer  # noqa: E402
-from dataloading import InputError  # noqa: E402
+from data.download_fineweb_edu import TOKENIZER, download_shards, list_shards, write_download_manifest
+from data.pack_mnli import LABEL_END
+from data.train_tokenizer import bring_tokenizer
+from dataloading import InputError
 
 REPO = "lapp0/packed_glue_mnli"
 

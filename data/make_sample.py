@@ -32,16 +32,18 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data.pack_fineweb_edu import SPLITS, ShardWriter  # noqa: E402
-from data.train_tokenizer import bring_tokenizer, describe_split, digest_of, split_of, train_tokenizer  # noqa: E402
-from dataloading import InputError, write_manifest  # noqa: E402
+from data.pack_fineweb_edu import SPLITS, ShardWriter
+from data.train_tokenizer import bring_tokenizer, describe_split, digest_of, split_of, train_tokenizer
+from dataloading import InputError, write_manifest
 
 MIN_CHARACTERS = 150
 SPLIT_FRACTIONS = (0.05, 0.05)  # a small corpus: 1% would be too little to tell two runs apart
 PAIR_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 PROSE = re.compile(r"[A-Z][^\n]*(?:\n[A-Za-z][^\n]*)*\Z")  # starts like a sentence, no line indented or a list item
 SECTION = re.compile(r"(?:^|\n)(?:[-=~^]{3,}|\S.{0,40}:$|:\w+|\.\. |@\w+)", re.MULTILINE)
-LONGEST_DESCRIPTION = 240  # characters of a pair's second text: short examples, so that a laptop sees thousands in a minute
+LONGEST_DESCRIPTION = (
+    240  # characters of a pair's second text: short examples, so that a laptop sees thousands in a minute
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,7 +89,9 @@ def read_docstrings(path: str) -> list[str]:
         nodes += [child for child in getattr(node, "body", ()) if hasattr(child, "body")]
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
-            paragraphs = [part.rstrip() for part in re.split(r"\n\s*\n", text) if ">>>" not in part and "```" not in part]
+            paragraphs = [
+                part.rstrip() for part in re.split(r"\n\s*\n", text) if ">>>" not in part and "```" not in part
+            ]
             text = "\n\n".join(paragraphs)
             if len(text) >= MIN_CHARACTERS and sum(map(str.isalpha, text)) >= 0.6 * len(text):
                 docstrings.append(text)
@@ -147,11 +151,17 @@ def make_pairs(documents: list[tuple[str, str]]) -> dict[str, list[dict]]:
         # equal lengths, so that neither text tells the label by itself.
         group.sort(key=lambda pair: digest_of(pair[1]))
         chosen, kept = group[::2], group[1::2]
-        swapped = [(summary, other) for (package, summary, _), (theirs, _, other) in zip(chosen, chosen[1:] + chosen[:1]) if package != theirs]
+        swapped = [
+            (summary, other)
+            for (package, summary, _), (theirs, _, other) in zip(chosen, chosen[1:] + chosen[:1])
+            if package != theirs
+        ]
         number = min(len(kept), len(swapped))
         rows = [(*pair, 1) for _, *pair in kept[:number]] + [(*pair, 0) for pair in swapped[:number]]
-        pairs[split] = [{"text": text, "text_pair": text_pair, "label": label, "idx": idx}
-                        for idx, (text, text_pair, label) in enumerate(sorted(rows, key=lambda row: digest_of(row[0])))]
+        pairs[split] = [
+            {"text": text, "text_pair": text_pair, "label": label, "idx": idx}
+            for idx, (text, text_pair, label) in enumerate(sorted(rows, key=lambda row: digest_of(row[0])))
+        ]
     return pairs
 
 
@@ -179,14 +189,22 @@ def make_sample(out: Path, vocab_size: int = 8192, packages: list[str] | None = 
         writer = ShardWriter(build, "sample", 100_000_000, tokenizer["cls"], tokenizer["sep"])
         for start in tqdm(range(0, len(texts), 2000), unit="batch", desc="packing"):
             batch = slice(start, start + 2000)
-            for split, encoding in zip(splits[batch], backend.encode_batch_fast(texts[batch], add_special_tokens=False)):
+            for split, encoding in zip(
+                splits[batch], backend.encode_batch_fast(texts[batch], add_special_tokens=False)
+            ):
                 writer.add(split, encoding.ids)
         for split in SPLITS:
             writer.flush(split)
-        write_manifest(build, {
-            "format": 1, "tokenizer": tokenizer, "shards": writer.shards,
-            "source": {"documentation": {name: versions.get(name) for name in packages or versions}},
-            "split_rule": describe_split(*SPLIT_FRACTIONS)})
+        write_manifest(
+            build,
+            {
+                "format": 1,
+                "tokenizer": tokenizer,
+                "shards": writer.shards,
+                "source": {"documentation": {name: versions.get(name) for name in packages or versions}},
+                "split_rule": describe_split(*SPLIT_FRACTIONS),
+            },
+        )
         if out.exists():
             os.replace(out, Path(directory) / "old")
         os.replace(build, out)
@@ -194,8 +212,12 @@ def make_sample(out: Path, vocab_size: int = 8192, packages: list[str] | None = 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "sample", help="folder; an older sample there is replaced")
-    parser.add_argument("--vocab_size", type=int, default=8192, help="entries of the tokenizer, special tokens included")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "data" / "sample", help="folder; an older sample there is replaced"
+    )
+    parser.add_argument(
+        "--vocab_size", type=int, default=8192, help="entries of the tokenizer, special tokens included"
+    )
     args = parser.parse_args()
     make_sample(args.out, args.vocab_size)
 

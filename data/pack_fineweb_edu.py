@@ -32,9 +32,17 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.train_tokenizer import (  # noqa: E402
-    FINEWEB_EDU, add_source_flags, backend_of, bring_tokenizer, describe_split, open_source, read_texts, split_of)
-from dataloading import InputError, in_background, read_manifest, sha256_of, write_manifest, write_shard  # noqa: E402
+from data.train_tokenizer import (
+    FINEWEB_EDU,
+    add_source_flags,
+    backend_of,
+    bring_tokenizer,
+    describe_split,
+    open_source,
+    read_texts,
+    split_of,
+)
+from dataloading import InputError, in_background, read_manifest, sha256_of, write_manifest, write_shard
 
 SPLITS = ("train", "valid", "test")
 
@@ -42,11 +50,15 @@ SPLITS = ("train", "valid", "test")
 @functools.cache
 def backend_in(folder: Path):
     from transformers import AutoTokenizer
+
     return backend_of(AutoTokenizer.from_pretrained(folder))
 
 
 def tokenize(folder: Path, texts: list[str]) -> list[np.ndarray]:
-    return [np.array(encoding.ids, dtype="<u2") for encoding in backend_in(folder).encode_batch_fast(texts, add_special_tokens=False)]
+    return [
+        np.array(encoding.ids, dtype="<u2")
+        for encoding in backend_in(folder).encode_batch_fast(texts, add_special_tokens=False)
+    ]
 
 
 def end_with_parent() -> None:
@@ -58,8 +70,8 @@ def start_workers(folder: Path, count: int) -> ProcessPoolExecutor:
     """Processes, since the threads of `tokenizers` lose a third to the rest: reading, and turning ids into arrays, which processes do side by side."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     pool = ProcessPoolExecutor(count, initializer=end_with_parent)
-    backend_in(folder)                                  # where processes are forked, they have it too
-    pool.submit(tokenize, folder, []).result()          # forks now, before there are threads
+    backend_in(folder)  # where processes are forked, they have it too
+    pool.submit(tokenize, folder, []).result()  # forks now, before there are threads
     return pool
 
 
@@ -98,8 +110,12 @@ class ShardWriter:
         path = self.out / f"{self.prefix}_{split}_{index:06d}.bin"
         tokens = np.concatenate(self.pending[split])
         write_shard(path, tokens)
-        self.shards[path.name] = {"split": split, "tokens": len(tokens), "documents": int((tokens == self.cls).sum()),
-                                  "sha256": sha256_of(path)}
+        self.shards[path.name] = {
+            "split": split,
+            "tokens": len(tokens),
+            "documents": int((tokens == self.cls).sum()),
+            "sha256": sha256_of(path),
+        }
         self.pending[split], self.waiting[split] = [], 0
 
     def save(self, path: Path, settings: dict, position: list) -> None:
@@ -123,11 +139,20 @@ class ShardWriter:
 
 def check_settings(path: Path, found: dict, wanted: dict) -> None:
     if different := [key for key in wanted if found.get(key) != wanted[key]]:
-        raise InputError(f"{path} was made with another {', '.join(different)}: choose another --out, or delete that folder")
+        raise InputError(
+            f"{path} was made with another {', '.join(different)}: choose another --out, or delete that folder"
+        )
 
 
-def pack(encoded, writer: ShardWriter, state_path: Path, settings: dict, fractions: tuple[float, float],
-         max_tokens: int | None, size: float) -> None:
+def pack(
+    encoded,
+    writer: ShardWriter,
+    state_path: Path,
+    settings: dict,
+    fractions: tuple[float, float],
+    max_tokens: int | None,
+    size: float,
+) -> None:
     """Moves documents from the stream to the writer; `size` is the characters to come, for the estimate of the time left."""
     tokens = sum(entry["tokens"] for entry in writer.shards.values()) + sum(writer.waiting.values())
     with tqdm(total=max_tokens, initial=tokens, unit="tok", unit_scale=True, desc="packing", mininterval=1) as bar:
@@ -165,7 +190,9 @@ def merge_parts(out: Path, parts: int) -> bool:
     return True
 
 
-def pack_source(args: argparse.Namespace, part: int, parts: int, tokenizer: dict, pool: ProcessPoolExecutor, ahead: int) -> None:
+def pack_source(
+    args: argparse.Namespace, part: int, parts: int, tokenizer: dict, pool: ProcessPoolExecutor, ahead: int
+) -> None:
     """One part of the work, from the source to its manifest."""
     stream, sizes, source = open_source(args)
     fractions = (args.valid_fraction, args.test_fraction)
@@ -184,7 +211,15 @@ def pack_source(args: argparse.Namespace, part: int, parts: int, tokenizer: dict
         texts = in_background(read_texts(stream, sizes, args.text_field, args.batch_characters, part, parts, position))
         max_tokens = None if args.max_tokens is None else args.max_tokens // parts
         with contextlib.closing(texts):
-            pack(encode(pool, args.out / "tokenizer", texts, ahead), writer, state_path, settings, fractions, max_tokens, sum(sizes) / parts)
+            pack(
+                encode(pool, args.out / "tokenizer", texts, ahead),
+                writer,
+                state_path,
+                settings,
+                fractions,
+                max_tokens,
+                sum(sizes) / parts,
+            )
         for split in SPLITS:
             writer.flush(split)
         write_json(args.out / name, {**settings, "shards": dict(sorted(writer.shards.items()))})
@@ -199,11 +234,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_source_flags(parser)
     parser.add_argument("--tokenizer", default="answerdotai/ModernBERT-base", help="Hub id or folder of the tokenizer")
-    parser.add_argument("--out", type=Path, default=Path("data/fineweb_edu"), help="folder for shards and all that belongs to them")
+    parser.add_argument(
+        "--out", type=Path, default=Path("data/fineweb_edu"), help="folder for shards and all that belongs to them"
+    )
     parser.add_argument("--prefix", help="first part of the shards' names (fwedu for fineweb-edu, otherwise text)")
-    parser.add_argument("--shard_size", type=int, default=100_000_000,
-                        help="tokens in a shard, at most (a longer document has a shard of its own)")
-    parser.add_argument("--max_tokens", type=int, help="stop at this many tokens, all splits and parts together (no end)")
+    parser.add_argument(
+        "--shard_size",
+        type=int,
+        default=100_000_000,
+        help="tokens in a shard, at most (a longer document has a shard of its own)",
+    )
+    parser.add_argument(
+        "--max_tokens", type=int, help="stop at this many tokens, all splits and parts together (no end)"
+    )
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="do part I of N (I from 0) of the work")
     args = parser.parse_args()
     try:
@@ -215,7 +258,7 @@ def main() -> None:
 
     _, tokenizer = bring_tokenizer(args.tokenizer, args.out)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, 60)                            # Windows allows no more
+    workers = min(cores, 60)  # Windows allows no more
     with start_workers(args.out / "tokenizer", workers) as pool:
         pack_source(args, part, parts, tokenizer, pool, ahead=2 * workers)
     if parts > 1 and not merge_parts(args.out, parts):
@@ -228,4 +271,6 @@ if __name__ == "__main__":
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except BrokenExecutor:
-        sys.exit("error: a process that tokenizes has died, of too little memory perhaps: run the same command again, it continues")
+        sys.exit(
+            "error: a process that tokenizes has died, of too little memory perhaps: run the same command again, it continues"
+        )

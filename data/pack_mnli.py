@@ -20,8 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.train_tokenizer import READERS, bring_tokenizer, reading  # noqa: E402
-from dataloading import InputError, sha256_of, write_manifest, write_shard  # noqa: E402
+from data.train_tokenizer import READERS, bring_tokenizer, reading
+from dataloading import InputError, sha256_of, write_manifest, write_shard
 
 LABEL_END = 65535  # between the label and the text
 NO_LABEL = 65534
@@ -40,11 +40,15 @@ def open_splits(args: argparse.Namespace):
         return splits, {"dataset": args.dataset, "name": name, "revision": revision}
     files = {split: sorted(glob.glob(pattern)) for split, _, pattern in (item.partition("=") for item in args.files)}
     if empty := [split for split in files if not files[split]]:
-        raise InputError(f"no file matches --files {', '.join(empty)}=...: write SPLIT=GLOB, such as train='reviews/*.csv'")
+        raise InputError(
+            f"no file matches --files {', '.join(empty)}=...: write SPLIT=GLOB, such as train='reviews/*.csv'"
+        )
     kinds = {Path(path).suffix for paths in files.values() for path in paths}
     readers = {**READERS, ".csv": "csv"}
     if len(kinds) > 1 or not kinds <= set(readers):
-        raise InputError(f"--files must be all .csv, all .json or .jsonl, or all .parquet, found {', '.join(sorted(kinds))}")
+        raise InputError(
+            f"--files must be all .csv, all .json or .jsonl, or all .parquet, found {', '.join(sorted(kinds))}"
+        )
     with reading(f"--files {' '.join(args.files)}"):
         splits = load_dataset(readers[kinds.pop()], data_files=files)
     return splits, {"files": {split: [Path(path).name for path in paths] for split, paths in files.items()}}
@@ -56,8 +60,9 @@ def number_labels(splits: dict, column: str) -> tuple[dict, list | None]:
     known = {label for labels in raw.values() for label in labels if label is not None}
     names = sorted(known) if all(isinstance(label, str) for label in known) else None
     if not names and not all(isinstance(label, int) and -1 <= label < NO_LABEL for label in known):
-        raise InputError(f"column {column!r} holds neither words nor whole numbers from 0 to {NO_LABEL - 1}: "
-                         "choose another --label")
+        raise InputError(
+            f"column {column!r} holds neither words nor whole numbers from 0 to {NO_LABEL - 1}: choose another --label"
+        )
     number = {name: i for i, name in enumerate(names)} if names else {label: label for label in known}
     number |= {None: NO_LABEL, -1: NO_LABEL}
     return {split: [number[label] for label in labels] for split, labels in raw.items()}, names
@@ -65,11 +70,17 @@ def number_labels(splits: dict, column: str) -> tuple[dict, list | None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="nyu-mll/glue", help="labelled set on the Hugging Face Hub, all of its splits")
+    parser.add_argument(
+        "--dataset", default="nyu-mll/glue", help="labelled set on the Hugging Face Hub, all of its splits"
+    )
     parser.add_argument("--name", help="configuration of --dataset (nyu-mll/glue: mnli unless given)")
     parser.add_argument("--revision", help="commit, branch or tag of --dataset (its newest commit unless given)")
-    parser.add_argument("--files", nargs="+", metavar="SPLIT=GLOB",
-                        help="read these files instead, all of one type: .csv, .json, .jsonl or .parquet")
+    parser.add_argument(
+        "--files",
+        nargs="+",
+        metavar="SPLIT=GLOB",
+        help="read these files instead, all of one type: .csv, .json, .jsonl or .parquet",
+    )
     parser.add_argument("--text", default="premise", help="column of the text")
     parser.add_argument("--text_pair", default="hypothesis", help="column of the second text, none for single texts")
     parser.add_argument("--label", default="label", help="column of the label")
@@ -82,8 +93,10 @@ def main() -> None:
     splits, source = open_splits(args)
     for split, rows in splits.items():
         if missing := set(columns + [args.label]) - set(rows.column_names):
-            raise InputError(f"{split} has no column {', '.join(sorted(missing))}: choose --text, --text_pair and --label "
-                             f"out of {', '.join(rows.column_names)}")
+            raise InputError(
+                f"{split} has no column {', '.join(sorted(missing))}: choose --text, --text_pair and --label "
+                f"out of {', '.join(rows.column_names)}"
+            )
     labels, names = number_labels(splits, args.label)
     backend, tokenizer = bring_tokenizer(args.tokenizer, args.out, max_vocab_size=NO_LABEL)
 
@@ -99,8 +112,16 @@ def main() -> None:
         path = args.out / f"{args.prefix}_{split}_000000.bin"
         write_shard(path, np.array(tokens, dtype="<u2"))
         shards[path.name] = {"split": split, "tokens": len(tokens), "documents": len(rows), "sha256": sha256_of(path)}
-    write_manifest(args.out, {"format": 1, "tokenizer": tokenizer, "source": {**source, "columns": columns, "labels": names},
-                              "split_rule": "as published", "shards": shards})
+    write_manifest(
+        args.out,
+        {
+            "format": 1,
+            "tokenizer": tokenizer,
+            "source": {**source, "columns": columns, "labels": names},
+            "split_rule": "as published",
+            "shards": shards,
+        },
+    )
 
 
 if __name__ == "__main__":

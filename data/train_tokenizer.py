@@ -26,7 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataloading import MAX_VOCAB_SIZE, SPECIAL_TOKENS, InputError, in_background, sha256_of  # noqa: E402
+from dataloading import MAX_VOCAB_SIZE, SPECIAL_TOKENS, InputError, in_background, sha256_of
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -49,15 +49,30 @@ def reading(what: str):
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", default=FINEWEB_EDU, help="text set on the Hugging Face Hub; its train split is read")
+    parser.add_argument(
+        "--dataset", default=FINEWEB_EDU, help="text set on the Hugging Face Hub; its train split is read"
+    )
     parser.add_argument("--name", help="configuration of --dataset (fineweb-edu: sample-10BT unless given)")
     parser.add_argument("--revision", help="commit, branch or tag of --dataset (its newest commit unless given)")
-    parser.add_argument("--files", nargs="+", metavar="GLOB", help="read these files instead, all of one type: "
-                        ".jsonl, .json, .txt (each also .gz, .xz, .bz2) or .parquet")
+    parser.add_argument(
+        "--files",
+        nargs="+",
+        metavar="GLOB",
+        help="read these files instead, all of one type: .jsonl, .json, .txt (each also .gz, .xz, .bz2) or .parquet",
+    )
     parser.add_argument("--text_field", default="text", help="column that holds the text")
-    parser.add_argument("--sample_by", choices=("paragraph", "line", "document"), default="paragraph",
-                        help="what one document is in a .txt: a paragraph (up to a blank line), a line, or the whole file")
-    parser.add_argument("--batch_characters", type=int, default=1_000_000, help="characters read, and by one process tokenized, at a time")
+    parser.add_argument(
+        "--sample_by",
+        choices=("paragraph", "line", "document"),
+        default="paragraph",
+        help="what one document is in a .txt: a paragraph (up to a blank line), a line, or the whole file",
+    )
+    parser.add_argument(
+        "--batch_characters",
+        type=int,
+        default=1_000_000,
+        help="characters read, and by one process tokenized, at a time",
+    )
     parser.add_argument("--valid_fraction", type=float, default=0.01, help="share of the documents kept for validation")
     parser.add_argument("--test_fraction", type=float, default=0.01, help="share of the documents kept for testing")
 
@@ -66,6 +81,7 @@ def unpacked_bytes(path: Path) -> float:
     """Of a compressed file by how its beginning expands: of text with ids, abstracts expand 3.9 times and novels 3.3."""
     if path.suffix == ".parquet":
         from pyarrow.parquet import read_metadata
+
         metadata = read_metadata(path)
         return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     size = path.stat().st_size
@@ -87,7 +103,9 @@ def open_source(args: argparse.Namespace):
             raise InputError(f"no file matches --files {' '.join(args.files)}")
         kinds = {next((s for s in reversed(Path(file).suffixes) if s in READERS), "another") for file in files}
         if len(kinds) > 1 or not kinds <= set(READERS):
-            raise InputError(f"--files must be all of one type out of {', '.join(READERS)}, found {', '.join(sorted(kinds))}")
+            raise InputError(
+                f"--files must be all of one type out of {', '.join(READERS)}, found {', '.join(sorted(kinds))}"
+            )
         reader = READERS[kinds.pop()]
         options = {"sample_by": args.sample_by} if reader == "text" else {}
         with reading(f"--files {' '.join(args.files)}"):
@@ -110,8 +128,15 @@ def open_source(args: argparse.Namespace):
     return stream.select_columns(args.text_field).with_format("arrow"), sizes, source
 
 
-def read_texts(stream, sizes: list[float], text_field: str, batch_characters: int,
-               part: int = 0, parts: int = 1, position: list | None = None):
+def read_texts(
+    stream,
+    sizes: list[float],
+    text_field: str,
+    batch_characters: int,
+    part: int = 0,
+    parts: int = 1,
+    position: list | None = None,
+):
     """Yields (texts, position after them) of one part of the work; blank texts are no documents.
 
     Files are read side by side, in up to 16 lanes and in proportion to their sizes: every shard then holds text of all
@@ -138,7 +163,9 @@ def read_texts(stream, sizes: list[float], text_field: str, batch_characters: in
             continue
         for text in table[text_field].to_pylist():
             if text is not None and not isinstance(text, str):
-                raise InputError(f"column {text_field!r} holds {type(text).__name__}, not text: choose another --text_field")
+                raise InputError(
+                    f"column {text_field!r} holds {type(text).__name__}, not text: choose another --text_field"
+                )
             if text and not text.isspace():
                 position[i]["characters"] += len(text)
                 if share_files or int.from_bytes(digest_of(text)[8:], "big") % parts == part:
@@ -197,14 +224,20 @@ def bring_tokenizer(name: str, out: Path, max_vocab_size: int = MAX_VOCAB_SIZE):
         raise InputError(f"{name} has no tokenizer.json: choose a tokenizer that was saved in the fast format")
     tokenizer = AutoTokenizer.from_pretrained(files["tokenizer.json"].parent)
     if len(tokenizer) > max_vocab_size:
-        raise InputError(f"{name} has a vocabulary of {len(tokenizer):,} entries: shards (uint16) hold {max_vocab_size:,}")
+        raise InputError(
+            f"{name} has a vocabulary of {len(tokenizer):,} entries: shards (uint16) hold {max_vocab_size:,}"
+        )
     ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in SPECIAL_TOKENS}
     if missing := [kind for kind, token_id in ids.items() if token_id is None and kind != "unk"]:
-        raise InputError(f"{name} has no {', '.join(missing)} token: choose another, or run `python data/train_tokenizer.py`")
+        raise InputError(
+            f"{name} has no {', '.join(missing)} token: choose another, or run `python data/train_tokenizer.py`"
+        )
     backend = backend_of(tokenizer)
     written = backend.encode(" ".join(tokenizer.all_special_tokens), add_special_tokens=False).ids
     if set(written) & {ids["cls"], ids["sep"], ids["mask"]}:
-        raise InputError(f"{name} makes a special token of the text '[MASK]' even when told not to: choose another tokenizer")
+        raise InputError(
+            f"{name} makes a special token of the text '[MASK]' even when told not to: choose another tokenizer"
+        )
 
     (out / "tokenizer").mkdir(parents=True, exist_ok=True)
     present, sha256 = out / "tokenizer" / "tokenizer.json", sha256_of(files["tokenizer.json"])
@@ -227,34 +260,50 @@ def train_tokenizer(batches, vocab_size: int, out: Path) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     smallest = len(alphabet) + len(SPECIAL_TOKENS)
     if not smallest <= vocab_size <= MAX_VOCAB_SIZE:
-        raise InputError(f"--vocab_size {vocab_size:,} is not between {smallest} (bytes and special tokens) and "
-                         f"{MAX_VOCAB_SIZE:,} (shards are uint16)")
+        raise InputError(
+            f"--vocab_size {vocab_size:,} is not between {smallest} (bytes and special tokens) and "
+            f"{MAX_VOCAB_SIZE:,} (shards are uint16)"
+        )
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    specials = {kind: AddedToken(token, special=True, normalized=False, lstrip=kind == "mask")  # a mask hides the space too
-                for kind, token in SPECIAL_TOKENS.items()}
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(specials.values()), initial_alphabet=alphabet)
+    specials = {
+        kind: AddedToken(token, special=True, normalized=False, lstrip=kind == "mask")  # a mask hides the space too
+        for kind, token in SPECIAL_TOKENS.items()
+    }
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(specials.values()), initial_alphabet=alphabet
+    )
     backend.train_from_iterator(batches, trainer)
     if backend.get_vocab_size() < vocab_size:
-        raise InputError(f"the text yields {backend.get_vocab_size():,} entries only: give more, or a smaller --vocab_size")
+        raise InputError(
+            f"the text yields {backend.get_vocab_size():,} entries only: give more, or a smaller --vocab_size"
+        )
     cls, sep = SPECIAL_TOKENS["cls"], SPECIAL_TOKENS["sep"]
     backend.post_processor = processors.TemplateProcessing(
-        single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B {sep}",
-        special_tokens=[(token, backend.token_to_id(token)) for token in (cls, sep)])
+        single=f"{cls} $A {sep}",
+        pair=f"{cls} $A {sep} $B {sep}",
+        special_tokens=[(token, backend.token_to_id(token)) for token in (cls, sep)],
+    )
     PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=8192, clean_up_tokenization_spaces=False,
+        tokenizer_object=backend,
+        model_max_length=8192,
+        clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
-        **{f"{kind}_token": token for kind, token in specials.items()}).save_pretrained(out)
+        **{f"{kind}_token": token for kind, token in specials.items()},
+    ).save_pretrained(out)
 
 
 def training_texts(batches, fractions: tuple[float, float], fraction: float, max_characters: int):
     characters = 0
     with tqdm(total=max_characters, unit="char", unit_scale=True, desc="reading", mininterval=1) as bar:
         for texts, _ in batches:
-            texts = [text for text in texts
-                     if zlib.crc32(text.encode()) < fraction * 2**32 and split_of(text, *fractions) == "train"]
+            texts = [
+                text
+                for text in texts
+                if zlib.crc32(text.encode()) < fraction * 2**32 and split_of(text, *fractions) == "train"
+            ]
             yield texts
             read = sum(map(len, texts))
             characters += read
@@ -266,9 +315,15 @@ def training_texts(batches, fractions: tuple[float, float], fraction: float, max
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_source_flags(parser)
-    parser.add_argument("--vocab_size", type=int, default=32768, help="entries, special tokens included (64 should divide it)")
-    parser.add_argument("--fraction", type=float, default=1.0, help="share of the documents to learn from, drawn by a hash")
-    parser.add_argument("--max_characters", type=int, default=1_000_000_000, help="stop after this many characters learnt from")
+    parser.add_argument(
+        "--vocab_size", type=int, default=32768, help="entries, special tokens included (64 should divide it)"
+    )
+    parser.add_argument(
+        "--fraction", type=float, default=1.0, help="share of the documents to learn from, drawn by a hash"
+    )
+    parser.add_argument(
+        "--max_characters", type=int, default=1_000_000_000, help="stop after this many characters learnt from"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

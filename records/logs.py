@@ -7,7 +7,6 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
 
 from dataloading import InputError
 from trainer import CODE_HEADER, LOG_LINE, split_code
@@ -18,30 +17,31 @@ JSON_SECTIONS = ("config", "environment", "data", "result")
 @dataclass
 class Line:
     """One line of numbers; what it does not say is None."""
-    number: int                            # in the log without code
+
+    number: int  # in the log without code
     step: int
     seconds: float
-    train_loss: Optional[float] = None
-    val_loss: Optional[float] = None
-    dev_score: Optional[float] = None
-    step_avg: Optional[float] = None       # seconds
-    tokens: Optional[int] = None
-    flops: Optional[float] = None
-    mfu: Optional[float] = None
-    lr: Optional[float] = None
-    run: Optional[int] = None              # of a finetuning with several
+    train_loss: float | None = None
+    val_loss: float | None = None
+    dev_score: float | None = None
+    step_avg: float | None = None  # seconds
+    tokens: int | None = None
+    flops: float | None = None
+    mfu: float | None = None
+    lr: float | None = None
+    run: int | None = None  # of a finetuning with several
 
 
 @dataclass
 class Log:
     path: Path
-    text: str                              # without code
-    code: dict[str, str]                   # module -> text; empty when the log has been stripped
-    hashes: dict[str, str] = field(default_factory=dict)    # module -> sha256
+    text: str  # without code
+    code: dict[str, str]  # module -> text; empty when the log has been stripped
+    hashes: dict[str, str] = field(default_factory=dict)  # module -> sha256
     sections: dict[str, object] = field(default_factory=dict)
-    at: dict[str, int] = field(default_factory=dict)        # section -> number of its line
+    at: dict[str, int] = field(default_factory=dict)  # section -> number of its line
     lines: list[Line] = field(default_factory=list)
-    digest: str = ""                       # of what stands before the result
+    digest: str = ""  # of what stands before the result
 
     @property
     def finetuning(self) -> bool:
@@ -52,7 +52,9 @@ class Log:
         value: object = self.sections
         for depth, key in enumerate(keys):
             if not isinstance(value, dict) or key not in value:
-                raise InputError(f"{self.path}: no {'.'.join(keys[: depth + 1])}: this is not the log of a finished run of this version")
+                raise InputError(
+                    f"{self.path}: no {'.'.join(keys[: depth + 1])}: this is not the log of a finished run of this version"
+                )
             value = value[key]
         return value
 
@@ -85,8 +87,11 @@ def read_log(path: Path) -> Log:
         elif line.startswith(("step:", "task:")):
             if not (match := LOG_LINE.match(line)):
                 raise InputError(f"{path}:{number}: not a line of a log: {line[:80]!r}")
-            said = {name: _number(name, value) for name, value in match.groupdict().items()
-                    if value is not None and name in (*Line.__dataclass_fields__, "train_time")}
+            said = {
+                name: _number(name, value)
+                for name, value in match.groupdict().items()
+                if value is not None and name in (*Line.__dataclass_fields__, "train_time")
+            }
             log.lines.append(Line(number, seconds=said.pop("train_time"), **said))
         elif title in JSON_SECTIONS and line:
             try:

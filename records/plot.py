@@ -1,6 +1,6 @@
 """Draws any runs: loss, learning rate, masking rate and tokens a second of pretrainings; loss, score and rate of finetunings.
 
-    python records/plot.py logs/RUN [logs/RUN ...] [--out curves.png]
+python records/plot.py logs/RUN [logs/RUN ...] [--out curves.png]
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ from pathlib import Path
 import matplotlib
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataloading import InputError  # noqa: E402
-from records.logs import Log, read_log  # noqa: E402
-from trainer import TrainConfig, lr_factor, mask_rate  # noqa: E402
+from dataloading import InputError
+from records.logs import Log, read_log
+from trainer import TrainConfig, lr_factor, mask_rate
 
 COLORS = ("#c1272d", "#2a6fb0", "#3a8a4f", "#b8860b", "#7b4fa3", "#444444")  # told apart on white by most eyes
-PANELS = {"loss": "loss (nats per masked token; points: validation)", "score": "score on the validation split", "lr": "learning rate",
-          "mask": "masking rate (fraction of a row)", "rate": "tokens per second"}
+PANELS = {
+    "loss": "loss (nats per masked token; points: validation)",
+    "score": "score on the validation split",
+    "lr": "learning rate",
+    "mask": "masking rate (fraction of a row)",
+    "rate": "tokens per second",
+}
 
 
 def series(log: Log) -> dict[str, list[tuple[list[float], list[float], str]]]:
@@ -39,13 +44,31 @@ def series(log: Log) -> dict[str, list[tuple[list[float], list[float], str]]]:
         add("score", [(line.seconds, line.dev_score) for line in lines if line.dev_score is not None], "o-")
         add("lr", [(line.seconds, line.lr) for line in lines if line.lr is not None], "-")
         trained = [line for line in lines if line.tokens is not None and line.train_loss is not None]
-        add("rate", [(b.seconds, (b.tokens - a.tokens) / (b.seconds - a.seconds)) for a, b in itertools.pairwise(trained) if b.seconds > a.seconds], "-")
+        add(
+            "rate",
+            [
+                (b.seconds, (b.tokens - a.tokens) / (b.seconds - a.seconds))
+                for a, b in itertools.pairwise(trained)
+                if b.seconds > a.seconds
+            ],
+            "-",
+        )
     if not log.finetuning:
         known = {field.name for field in dataclasses.fields(TrainConfig)}
         train = TrainConfig(**{name: value for name, value in log.named("config", "train").items() if name in known})
         peak = log.sections["config"].get("adamw_lr", train.muon_lr)
-        progress = [(line.seconds, min(1.0, line.seconds / (60 * train.max_minutes) if train.max_minutes is not None else line.step / train.steps))
-                    for line in log.lines]
+        progress = [
+            (
+                line.seconds,
+                min(
+                    1.0,
+                    line.seconds / (60 * train.max_minutes)
+                    if train.max_minutes is not None
+                    else line.step / train.steps,
+                ),
+            )
+            for line in log.lines
+        ]
         add("lr", [(seconds, peak * lr_factor(p, train)) for seconds, p in progress], "-")
         add("mask", [(seconds, mask_rate(p, train)) for seconds, p in progress], "-")
     return found
@@ -55,9 +78,17 @@ def figure(panels: Sequence[str], columns: int = 2):
     """A figure on white, which reads on light and dark pages alike, and its axes."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     rows = -(-len(panels) // columns)
-    drawn, axes = pyplot.subplots(rows, min(columns, len(panels)), figsize=(5.2 * min(columns, len(panels)), 3.4 * rows), dpi=130, facecolor="white",
-                                  layout="constrained", squeeze=False)
+    drawn, axes = pyplot.subplots(
+        rows,
+        min(columns, len(panels)),
+        figsize=(5.2 * min(columns, len(panels)), 3.4 * rows),
+        dpi=130,
+        facecolor="white",
+        layout="constrained",
+        squeeze=False,
+    )
     for number, axis in enumerate(axes.flat):
         axis.set_visible(number < len(panels))
         axis.grid(alpha=0.25)
@@ -68,6 +99,7 @@ def figure(panels: Sequence[str], columns: int = 2):
 def draw(runs: Sequence[Path], out: Path) -> None:
     """Writes a picture of the runs' logs. Raises InputError for what is not a log."""
     from matplotlib import pyplot
+
     logs = {path: read_log(path) for path in runs}
     found = {path: series(log) for path, log in logs.items()}
     panels = [panel for panel in PANELS if any(curves[panel] for curves in found.values())]
@@ -76,8 +108,16 @@ def draw(runs: Sequence[Path], out: Path) -> None:
         for color, (path, curves) in zip(itertools.cycle(COLORS), found.items()):
             for number, (minutes, values, style) in enumerate(curves[panel]):
                 marked = "o" in style
-                axis.plot(minutes, values, style, color=color, lw=1.3, ms=3.5, alpha=1.0 if marked or panel != "loss" else 0.55,
-                          label=path.name if number == 0 and len(found) > 1 else None)
+                axis.plot(
+                    minutes,
+                    values,
+                    style,
+                    color=color,
+                    lw=1.3,
+                    ms=3.5,
+                    alpha=1.0 if marked or panel != "loss" else 0.55,
+                    label=path.name if number == 0 and len(found) > 1 else None,
+                )
         axis.set(xlabel="training time (minutes)", title=PANELS[panel])
         axis.title.set_fontsize(10)
     if len(found) > 1:

@@ -16,13 +16,12 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataloading import InputError  # noqa: E402
-from records.leaderboard import draw_runs  # noqa: E402
-from records.logs import read_log  # noqa: E402
-from records.verify import RECORDS, Record, check_record, measure, paired_logs, read_records, read_tracks  # noqa: E402
+from dataloading import InputError
+from records.leaderboard import draw_runs
+from records.logs import read_log
+from records.verify import RECORDS, Record, check_record, measure, paired_logs, read_records, read_tracks
 
 PAGE = """# {name}
 
@@ -44,7 +43,9 @@ Logs: {logs}. The code that ran: [code](code). Command of the first run:
 """
 
 
-def write_record(into: Path, said: dict, runs: Sequence[Path], finetuned: Sequence[Path], paired: Sequence[Path]) -> Record:
+def write_record(
+    into: Path, said: dict, runs: Sequence[Path], finetuned: Sequence[Path], paired: Sequence[Path]
+) -> Record:
     """Logs without their code, and the code once. Raises InputError for what is not a log."""
     logs: dict[str, list] = {}
     for folder, paths in (("logs", runs), ("finetuned", finetuned), ("paired", paired)):
@@ -61,23 +62,41 @@ def write_record(into: Path, said: dict, runs: Sequence[Path], finetuned: Sequen
     if not logs["logs"][0].code:
         raise InputError(f"{runs[0]} has no code in it: give the folder of a run under logs/")
     said["logs"] = [f"logs/{number}.txt" for number in range(1, len(runs) + 1)]
-    return Record(into, said, *([read_log(into / folder / f"{number}.txt") for number in range(1, len(logs.get(folder, [])) + 1)]
-                                for folder in ("logs", "finetuned", "paired")))
+    return Record(
+        into,
+        said,
+        *(
+            [read_log(into / folder / f"{number}.txt") for number in range(1, len(logs.get(folder, [])) + 1)]
+            for folder in ("logs", "finetuned", "paired")
+        ),
+    )
 
 
-def page(record: Record, track: dict, before: Optional[Record]) -> str:
+def page(record: Record, track: dict, before: Record | None) -> str:
     said, measured = record.said, record.said["measured"]
     against = "The first of its track."
     if before:
-        against = (f"{measured['speedup']:.2f} times as fast as [{before.said['name']}](../{before.path.name}) on the same machine "
-                   f"(Welch's t-test, p = {measured['p_faster']:.1e}).")
-    return PAGE.format(**{key: value for key, value in measured.items() if key not in ("parameters",)}, parameters=measured["parameters"] / 1e6,
-                       name=said["name"], what=said["what"], track=said["track"], against=against, command=record.logs[0].sections["command"].strip(),
-                       target=f"{track['target']['metric']} {track['target']['value']}", p="waived" if said.get("systems_only") else f"{measured['p_target']:.1e}",
-                       logs=", ".join(f"[{number}]({name})" for number, name in enumerate(said["logs"], 1)))
+        against = (
+            f"{measured['speedup']:.2f} times as fast as [{before.said['name']}](../{before.path.name}) on the same machine "
+            f"(Welch's t-test, p = {measured['p_faster']:.1e})."
+        )
+    return PAGE.format(
+        **{key: value for key, value in measured.items() if key not in ("parameters",)},
+        parameters=measured["parameters"] / 1e6,
+        name=said["name"],
+        what=said["what"],
+        track=said["track"],
+        against=against,
+        command=record.logs[0].sections["command"].strip(),
+        target=f"{track['target']['metric']} {track['target']['value']}",
+        p="waived" if said.get("systems_only") else f"{measured['p_target']:.1e}",
+        logs=", ".join(f"[{number}]({name})" for number, name in enumerate(said["logs"], 1)),
+    )
 
 
-def submit(root: Path, runs: Sequence[Path], said: dict, finetuned: Sequence[Path] = (), paired: Sequence[Path] = ()) -> Path:
+def submit(
+    root: Path, runs: Sequence[Path], said: dict, finetuned: Sequence[Path] = (), paired: Sequence[Path] = ()
+) -> Path:
     """Returns the record's folder. Raises InputError, and leaves nothing behind, when it would not pass the verifier."""
     tracks = read_tracks(root)
     if said["track"] not in tracks:
@@ -98,7 +117,11 @@ def submit(root: Path, runs: Sequence[Path], said: dict, finetuned: Sequence[Pat
         said["declared_runs"] = record.logs[0].named("config", "train", "declared_runs") or 0
         said["measured"] = measure(record, track["target"], paired_logs(record, before))
         (temporary / "record.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-        draw_runs(temporary / "curve.png", track, {said["name"]: record.logs} | ({before.said["name"]: before.logs} if before else {}))
+        draw_runs(
+            temporary / "curve.png",
+            track,
+            {said["name"]: record.logs} | ({before.said["name"]: before.logs} if before else {}),
+        )
         (temporary / "README.md").write_text(page(record, track, before), encoding="utf-8")
         if problems := list(check_record(record, tracks, before)):
             raise InputError("this is no record yet:\n" + "\n".join(problems))
@@ -115,14 +138,28 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="a few words with dashes")
     parser.add_argument("--contributors", required=True, nargs="+", help="who did it")
     parser.add_argument("--what", required=True, help="what is new, in a sentence or two")
-    parser.add_argument("--finetuned", type=Path, nargs="+", default=[], metavar="RUN", help="MNLI finetunings of these runs")
-    parser.add_argument("--paired", type=Path, nargs="+", default=[], metavar="RUN", help="runs of the record before on this machine")
-    parser.add_argument("--systems-only", metavar="WHY", help="nothing that the loss depends on has changed: waives the test of the loss")
+    parser.add_argument(
+        "--finetuned", type=Path, nargs="+", default=[], metavar="RUN", help="MNLI finetunings of these runs"
+    )
+    parser.add_argument(
+        "--paired", type=Path, nargs="+", default=[], metavar="RUN", help="runs of the record before on this machine"
+    )
+    parser.add_argument(
+        "--systems-only",
+        metavar="WHY",
+        help="nothing that the loss depends on has changed: waives the test of the loss",
+    )
     arguments = parser.parse_args()
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", arguments.name):
         raise InputError(f"--name {arguments.name!r}: use small letters, digits and dashes")
     started = max(str(read_log(run).named("environment", "started")) for run in arguments.runs)
-    said = {"track": arguments.track, "name": arguments.name, "date": started[:10], "contributors": arguments.contributors, "what": arguments.what}
+    said = {
+        "track": arguments.track,
+        "name": arguments.name,
+        "date": started[:10],
+        "contributors": arguments.contributors,
+        "what": arguments.what,
+    }
     if arguments.systems_only:
         said["systems_only"] = arguments.systems_only
     folder = submit(RECORDS, arguments.runs, said, arguments.finetuned, arguments.paired)

@@ -21,19 +21,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 from scipy.stats import ttest_1samp, ttest_ind
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataloading import InputError, sha256_of  # noqa: E402
-from model import KBERTConfig  # noqa: E402
-from records.logs import Log, read_log  # noqa: E402
-from trainer import Work  # noqa: E402
+from dataloading import InputError, sha256_of
+from model import KBERTConfig
+from records.logs import Log, read_log
+from trainer import Work
 
 RECORDS = Path(__file__).resolve().parent
-SIGNIFICANCE = 0.01                        # of both tests: loss below target, time below the record before
-MOST_BYTES = 2_000_000                     # of a record
+SIGNIFICANCE = 0.01  # of both tests: loss below target, time below the record before
+MOST_BYTES = 2_000_000  # of a record
 SAME_EVERYWHERE = ("device", "threads", "torch", "cuda", "driver", "world_size")
 FREE_BETWEEN_RUNS = ("seed", "run_name", "out", "hf_model_name", "wandb_project", "resume")
 
@@ -76,7 +75,9 @@ def check_run(log: Log) -> Iterator[str]:
         steps = [line.step for line in log.lines if getattr(line, kind) is not None]
         missing, extra = sorted(expected - set(steps)), sorted(set(steps) - expected)
         if missing:
-            yield f"{log.path}: no {kind} after step {missing[0]}" + (f" and {len(missing) - 1} others" if len(missing) > 1 else "")
+            yield f"{log.path}: no {kind} after step {missing[0]}" + (
+                f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+            )
         if extra or len(steps) != len(set(steps)):
             yield f"{log.path}: a {kind} too many, after step {(extra or [s for s in steps if steps.count(s) > 1])[0]}"
     for before, line in zip(log.lines, log.lines[1:]):
@@ -87,7 +88,9 @@ def check_run(log: Log) -> Iterator[str]:
     # --- every line by itself
     peak = log.named("environment", "peak_flops")
     for line in log.lines:
-        if line.step_avg is None or abs(line.step_avg - line.seconds / max(1, line.step)) > 6e-6 + 6e-4 / max(1, line.step):
+        if line.step_avg is None or abs(line.step_avg - line.seconds / max(1, line.step)) > 6e-6 + 6e-4 / max(
+            1, line.step
+        ):
             yield f"{log.path}:{line.number}: step_avg is not train_time / step"
         elif line.seconds and abs(line.mfu - line.flops / line.seconds / peak) > 6e-5 + line.mfu * 6e-4 / line.seconds:
             yield f"{log.path}:{line.number}: mfu is not flops / train_time / peak_flops"
@@ -95,10 +98,17 @@ def check_run(log: Log) -> Iterator[str]:
     # --- the end
     if train["max_minutes"] is None and last != train["steps"]:
         yield f"{log.path}:{log.at['result']}: {last} steps of the {train['steps']} configured"
-    if train["max_minutes"] is not None and not 0 <= result["seconds"] - 60 * train["max_minutes"] <= 3 * result["seconds"] / max(1, last):
+    if train["max_minutes"] is not None and not 0 <= result["seconds"] - 60 * train["max_minutes"] <= 3 * result[
+        "seconds"
+    ] / max(1, last):
         yield f"{log.path}:{log.at['result']}: it ended after {result['seconds']:.1f} s, not with its {train['max_minutes']} minutes"
-    said = {"step": (last, 0), "seconds": (result["seconds"], 6e-4), "val_loss": (result["val_loss"], 6e-5),
-            "tokens": (result["work"]["tokens"], 0), "flops": (result["flops"], 1e-6 * result["flops"])}
+    said = {
+        "step": (last, 0),
+        "seconds": (result["seconds"], 6e-4),
+        "val_loss": (result["val_loss"], 6e-5),
+        "tokens": (result["work"]["tokens"], 0),
+        "flops": (result["flops"], 1e-6 * result["flops"]),
+    }
     for name, (value, tolerance) in said.items():
         if getattr(end, name) is None or abs(getattr(end, name) - value) > tolerance:
             yield f"{log.path}:{end.number}: the last line's {name} is not that of the result"
@@ -111,9 +121,12 @@ def check_run(log: Log) -> Iterator[str]:
         yield f"{log.path}:{log.at['result']}: FLOPs {result['flops']:.6e} do not follow from the configuration, which gives {flops:.6e}"
     longest, window = config["data"]["max_length"], shape.local_attention_window
     rates = sorted((train["mask_rate_start"], train["mask_rate_end"]))
-    bounds = {"tokens": (0.5 * last * train["batch_tokens"] * min(1.0, train["batch_start"]), last * train["batch_tokens"]),
-              "global_pairs": (work.tokens, work.tokens * longest), "local_pairs": (work.tokens, min(work.global_pairs, work.tokens * (window + 1))),
-              "masked": (0.9 * rates[0] * work.tokens, 1.01 * rates[1] * last * train["batch_tokens"] + 16 * last)}
+    bounds = {
+        "tokens": (0.5 * last * train["batch_tokens"] * min(1.0, train["batch_start"]), last * train["batch_tokens"]),
+        "global_pairs": (work.tokens, work.tokens * longest),
+        "local_pairs": (work.tokens, min(work.global_pairs, work.tokens * (window + 1))),
+        "masked": (0.9 * rates[0] * work.tokens, 1.01 * rates[1] * last * train["batch_tokens"] + 16 * last),
+    }
     for name, (low, high) in bounds.items():
         if not low <= getattr(work, name) <= high:
             yield f"{log.path}:{log.at['result']}: work.{name} is {getattr(work, name)}, outside {low:.0f} to {high:.0f}"
@@ -126,7 +139,7 @@ def check_run(log: Log) -> Iterator[str]:
 @dataclass
 class Record:
     path: Path
-    said: dict                             # record.json
+    said: dict  # record.json
     logs: list[Log]
     finetuned: list[Log]
     paired: list[Log]
@@ -145,7 +158,9 @@ def read_record(path: Path) -> Record:
     missing = [key for key in ("track", "name", "date", "contributors", "declared_runs", "measured") if key not in said]
     if missing:
         raise InputError(f"{path / 'record.json'}: no {', '.join(missing)}")
-    logs, finetuned, paired = ([read_log(log) for log in sorted((path / folder).glob("*.txt"))] for folder in ("logs", "finetuned", "paired"))
+    logs, finetuned, paired = (
+        [read_log(log) for log in sorted((path / folder).glob("*.txt"))] for folder in ("logs", "finetuned", "paired")
+    )
     return Record(path, said, logs, finetuned, paired)
 
 
@@ -160,7 +175,7 @@ def mnli_scores(log: Log) -> dict[str, float]:
     return {part: 100 * splits[f"validation_{part}"]["accuracy"]["median"] for part in ("matched", "mismatched")}
 
 
-def measure(record: Record, target: dict, before: Optional[list[Log]]) -> dict:
+def measure(record: Record, target: dict, before: list[Log] | None) -> dict:
     """All of record.json's `measured`. before: runs of the record before, on the same machine."""
     results = [log.named("result") for log in record.logs]
     tuned = {log.named("data", "base_sha256"): mnli_scores(log) for log in record.finetuned}
@@ -169,19 +184,29 @@ def measure(record: Record, target: dict, before: Optional[list[Log]]) -> dict:
     tests = [result["test_loss"] for result in results if result["test_loss"] is not None]
     environment = record.logs[0].named("environment")
     measured = {
-        "n": len(results), "parameters": results[0]["parameters"], "hardware": f"{environment['world_size']} x {environment['device']}"
+        "n": len(results),
+        "parameters": results[0]["parameters"],
+        "hardware": f"{environment['world_size']} x {environment['device']}"
         + (f", {environment['threads']} threads" if "threads" in environment else ""),
-        "seconds": statistics.fmean(seconds), "seconds_std": statistics.stdev(seconds) if len(seconds) > 1 else 0.0,
-        "flops": statistics.fmean(result["flops"] for result in results), "tokens": statistics.fmean(result["work"]["tokens"] for result in results),
-        "val_loss": statistics.fmean(losses), "val_loss_std": statistics.stdev(losses) if len(losses) > 1 else 0.0,
+        "seconds": statistics.fmean(seconds),
+        "seconds_std": statistics.stdev(seconds) if len(seconds) > 1 else 0.0,
+        "flops": statistics.fmean(result["flops"] for result in results),
+        "tokens": statistics.fmean(result["work"]["tokens"] for result in results),
+        "val_loss": statistics.fmean(losses),
+        "val_loss_std": statistics.stdev(losses) if len(losses) > 1 else 0.0,
         "test_loss": statistics.fmean(tests) if tests else None,
         "mnli_matched": statistics.fmean(score["matched"] for score in mnli) if mnli else None,
-        "mnli_mismatched": statistics.fmean(score["mismatched"] for score in mnli) if mnli else None}
+        "mnli_mismatched": statistics.fmean(score["mismatched"] for score in mnli) if mnli else None,
+    }
     if target["metric"] == "val_loss":
-        measured["p_target"] = float(ttest_1samp(losses, target["value"], alternative="less").pvalue) if len(losses) > 1 else None
+        measured["p_target"] = (
+            float(ttest_1samp(losses, target["value"], alternative="less").pvalue) if len(losses) > 1 else None
+        )
     else:
         scores = [score["matched"] for score in mnli]
-        measured["p_target"] = float(ttest_1samp(scores, target["value"], alternative="greater").pvalue) if len(scores) > 1 else None
+        measured["p_target"] = (
+            float(ttest_1samp(scores, target["value"], alternative="greater").pvalue) if len(scores) > 1 else None
+        )
     if before:
         theirs = [log.named("result", "seconds") for log in before]
         measured["speedup"] = statistics.fmean(theirs) / statistics.fmean(seconds)
@@ -189,7 +214,7 @@ def measure(record: Record, target: dict, before: Optional[list[Log]]) -> dict:
     return measured
 
 
-def paired_logs(record: Record, before: Optional[Record]) -> Optional[list[Log]]:
+def paired_logs(record: Record, before: Record | None) -> list[Log] | None:
     return (record.paired or before.logs) if before else None
 
 
@@ -231,9 +256,14 @@ def check_files(record: Record) -> Iterator[str]:
             for link in re.findall(r"\]\(([^)#\s]+)\)", line):
                 if "://" not in link and not (page.parent / link).exists():
                     yield f"{page}:{number}: a link to {link}, which is not there"
-    code = {path.relative_to(record.path / "code").as_posix(): sha256_of(path) for path in sorted((record.path / "code").rglob("*.py"))}
+    code = {
+        path.relative_to(record.path / "code").as_posix(): sha256_of(path)
+        for path in sorted((record.path / "code").rglob("*.py"))
+    }
     if code != record.logs[0].hashes:
-        different = sorted(name for name in code | record.logs[0].hashes if code.get(name) != record.logs[0].hashes.get(name))
+        different = sorted(
+            name for name in code | record.logs[0].hashes if code.get(name) != record.logs[0].hashes.get(name)
+        )
         yield f"{record.path / 'code'}: not the code that ran: {', '.join(different)}"
 
 
@@ -256,9 +286,15 @@ def check_declared(record: Record, track: dict) -> Iterator[str]:
 
 def check_track(log: Log, track: dict) -> Iterator[str]:
     """The track's data, validation and hardware."""
-    expected = {("data", "hash"): track["data"]["hash"], ("data", "tokenizer"): track["data"]["tokenizer_sha256"],
-                ("config", "data", "max_length"): track["max_length"],
-                **{("data", "validation", name): track["data"]["validation"][name] for name in ("tokens", "masked_tokens", "fingerprint")}}
+    expected = {
+        ("data", "hash"): track["data"]["hash"],
+        ("data", "tokenizer"): track["data"]["tokenizer_sha256"],
+        ("config", "data", "max_length"): track["max_length"],
+        **{
+            ("data", "validation", name): track["data"]["validation"][name]
+            for name in ("tokens", "masked_tokens", "fingerprint")
+        },
+    }
     for keys, value in expected.items():
         if log.named(*keys) != value:
             yield f"{log.path}:{log.at[keys[0]]}: {'.'.join(keys)} is {log.named(*keys)!r}, the track's is {value!r}"
@@ -285,7 +321,9 @@ def check_finetuned(record: Record, track: dict) -> Iterator[str]:
         yield from check_seal(log)
         if log.named("config", "protocol") != track["finetuning"]["protocol"]:
             yield f"{log.path}:{log.at['config']}: the protocol is {log.named('config', 'protocol')}, the track's is {track['finetuning']['protocol']}"
-        if (judged_by := log.named("result", "splits", "mnli", "validation_matched")) != track["finetuning"]["validation_matched"]:
+        if (judged_by := log.named("result", "splits", "mnli", "validation_matched")) != track["finetuning"][
+            "validation_matched"
+        ]:
             yield f"{log.path}:{log.at['result']}: validation_matched is {judged_by}, the track's is {track['finetuning']['validation_matched']}"
         last = {line.run: line.dev_score for line in log.lines if line.dev_score is not None}
         if abs(100 * statistics.median(last.values()) - mnli_scores(log)["matched"]) > 0.006:
@@ -294,13 +332,17 @@ def check_finetuned(record: Record, track: dict) -> Iterator[str]:
         yield from check_together(record.finetuned, "a finetuning of this record", (*FREE_BETWEEN_RUNS, "base_model"))
 
 
-def check_claim(record: Record, track: dict, before: Optional[Record]) -> Iterator[str]:
+def check_claim(record: Record, track: dict, before: Record | None) -> Iterator[str]:
     """Target met, and faster than the record before on one machine; record.json says what the logs give."""
     at, said, logs_before = record.path / "record.json", record.said, paired_logs(record, before)
     measured = measure(record, track["target"], logs_before)
     for name in {**measured, **said["measured"]}:
         ours, theirs = measured.get(name), said["measured"].get(name)
-        same = math.isclose(ours, theirs, rel_tol=1e-9) if isinstance(ours, float) and isinstance(theirs, (int, float)) else ours == theirs
+        same = (
+            math.isclose(ours, theirs, rel_tol=1e-9)
+            if isinstance(ours, float) and isinstance(theirs, (int, float))
+            else ours == theirs
+        )
         if not same:
             yield f"{at}: measured.{name} is {theirs!r}, the logs give {ours!r}"
     p = measured["p_target"]
@@ -330,7 +372,7 @@ def check_claim(record: Record, track: dict, before: Optional[Record]) -> Iterat
         yield f"{at}: not faster than {before.path.name} ({measured['speedup']:.3f} times, p = {measured['p_faster']:.4f}, asked for: below {SIGNIFICANCE})"
 
 
-def check_record(record: Record, tracks: dict[str, dict], before: Optional[Record]) -> Iterator[str]:
+def check_record(record: Record, tracks: dict[str, dict], before: Record | None) -> Iterator[str]:
     """before: the track's record up to then, if there was one."""
     at, name = record.path / "record.json", record.said["track"]
     track = tracks.get(name)
@@ -358,7 +400,11 @@ def verify(path: Path) -> list[str]:
         earlier = [other for other in read_records(path.parent) if other.path != path and other.order < record.order]
         return list(dict.fromkeys(check_record(record, read_tracks(path.parents[1]), earlier[-1] if earlier else None)))
     except (InputError, KeyError, TypeError) as error:
-        return [str(error) if isinstance(error, InputError) else f"{path}: a value is missing or of the wrong kind ({error!r})"]
+        return [
+            str(error)
+            if isinstance(error, InputError)
+            else f"{path}: a value is missing or of the wrong kind ({error!r})"
+        ]
 
 
 def main() -> None:
@@ -366,7 +412,10 @@ def main() -> None:
     parser.add_argument("records", type=Path, nargs="*", metavar="DIR", help="folders of records [all]")
     found = parser.parse_args().records or sorted(path.parent for path in RECORDS.glob("*/*/record.json"))
     problems = [problem for path in found for problem in verify(path)]
-    print("\n".join(problems) or f"{len(found)} records verified: " + ", ".join(f"{path.parent.name}/{path.name}" for path in found))
+    print(
+        "\n".join(problems)
+        or f"{len(found)} records verified: " + ", ".join(f"{path.parent.name}/{path.name}" for path in found)
+    )
     sys.exit(1 if problems else 0)
 
 

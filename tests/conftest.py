@@ -7,18 +7,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin make a shared machine 20 times slower
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch: threads that spin make a shared machine 20 times slower
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import numpy as np
+import pytest
 
-from dataloading import sha256_of, write_manifest, write_shard  # noqa: E402
+from dataloading import sha256_of, write_manifest, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECIALS = {"cls": 0, "sep": 1, "pad": 2, "mask": 3, "unk": 4}
 
 
-def write_documents(directory: Path, shards: dict[str, list[list[list[int]]]], vocab_size: int = 64, tokenizer: str = "none") -> Path:
+def write_documents(
+    directory: Path, shards: dict[str, list[list[list[int]]]], vocab_size: int = 64, tokenizer: str = "none"
+) -> Path:
     """Shards of documents (lists of token ids) by split, with their manifest."""
     directory.mkdir(parents=True, exist_ok=True)
     entries = {}
@@ -27,9 +31,22 @@ def write_documents(directory: Path, shards: dict[str, list[list[list[int]]]], v
             path = directory / f"test_{split}_{number:06d}.bin"
             ids = [token for document in documents for token in (SPECIALS["cls"], *document, SPECIALS["sep"])]
             write_shard(path, np.array(ids, dtype=np.uint16))
-            entries[path.name] = {"split": split, "tokens": len(ids), "documents": len(documents), "sha256": sha256_of(path)}
-    write_manifest(directory, {"format": 1, "tokenizer": {"name": "test", "sha256": tokenizer, "vocab_size": vocab_size, **SPECIALS},
-                               "source": {"name": "test"}, "split_rule": "given", "shards": entries})
+            entries[path.name] = {
+                "split": split,
+                "tokens": len(ids),
+                "documents": len(documents),
+                "sha256": sha256_of(path),
+            }
+    write_manifest(
+        directory,
+        {
+            "format": 1,
+            "tokenizer": {"name": "test", "sha256": tokenizer, "vocab_size": vocab_size, **SPECIALS},
+            "source": {"name": "test"},
+            "split_rule": "given",
+            "shards": entries,
+        },
+    )
     return directory
 
 
@@ -40,15 +57,21 @@ def sentences(seed: int, count: int, vocab_size: int = 64, shortest: int = 3, lo
     for _ in range(count):
         document = [int(rng.integers(5, vocab_size))]
         for _ in range(int(rng.integers(shortest, longest)) - 1):
-            document.append(int(rng.integers(5, vocab_size)) if rng.random() < 1 / 8 else 5 + (document[-1] * 7 + 3) % (vocab_size - 5))
+            document.append(
+                int(rng.integers(5, vocab_size))
+                if rng.random() < 1 / 8
+                else 5 + (document[-1] * 7 + 3) % (vocab_size - 5)
+            )
         documents.append(document)
     return documents
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    return write_documents(tmp_path_factory.mktemp("corpus"), {
-        "train": [sentences(1, 300), sentences(2, 200)], "valid": [sentences(3, 60)], "test": [sentences(4, 40)]})
+    return write_documents(
+        tmp_path_factory.mktemp("corpus"),
+        {"train": [sentences(1, 300), sentences(2, 200)], "valid": [sentences(3, 60)], "test": [sentences(4, 40)]},
+    )
 
 
 @pytest.fixture(scope="session")
@@ -56,20 +79,44 @@ def word_tokenizer(tmp_path_factory) -> Path:
     """A folder that AutoTokenizer loads: one id a word, specials as in SPECIALS."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
-    words = ["[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]", *"the cat dog sat ran on under a mat tree and then slept".split()]
+
+    words = [
+        "[CLS]",
+        "[SEP]",
+        "[PAD]",
+        "[MASK]",
+        "[UNK]",
+        *"the cat dog sat ran on under a mat tree and then slept".split(),
+    ]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]",
-                                                             special_tokens=[("[CLS]", 0), ("[SEP]", 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]",
-                                   mask_token="[MASK]", unk_token="[UNK]", model_max_length=256)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        mask_token="[MASK]",
+        unk_token="[UNK]",
+        model_max_length=256,
+    )
     folder = tmp_path_factory.mktemp("tokenizer")
     fast.save_pretrained(folder)
     return folder
 
 
-def run_python(*arguments: str, processes: int = 1, env: dict | None = None, timeout: int = 300) -> subprocess.CompletedProcess:
+def run_python(
+    *arguments: str, processes: int = 1, env: dict | None = None, timeout: int = 300
+) -> subprocess.CompletedProcess:
     """Runs a script or module of the repository in processes of its own, under torchrun when there are several."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.run([sys.executable, *launcher, *map(str, arguments)], cwd=ROOT, timeout=timeout, text=True,
-                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})})
+    return subprocess.run(
+        [sys.executable, *launcher, *map(str, arguments)],
+        cwd=ROOT,
+        timeout=timeout,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+    )

@@ -30,7 +30,9 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.repos: dict[tuple[str, str], dict[str, dict]] = {}  # (kind, id) -> branch -> {"sha", "files": {path: bytes}}
+        self.repos: dict[
+            tuple[str, str], dict[str, dict]
+        ] = {}  # (kind, id) -> branch -> {"sha", "files": {path: bytes}}
         self.requests: list[str] = []
         self.lock = threading.RLock()
         self.fail_next = self.cut_next = 0
@@ -46,8 +48,14 @@ class Hub(ThreadingHTTPServer):
         self.server_close()
 
     def environment(self, home: Path) -> dict[str, str]:
-        return {**os.environ, "HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test",
-                "HF_HUB_DISABLE_TELEMETRY": "1"}
+        return {
+            **os.environ,
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": "hf_test",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
 
     def add(self, kind: str, repo: str, files: dict[str, bytes]) -> None:
         self.repos.setdefault((kind, repo), {"main": {"sha": "0" * 40, "files": {}}})
@@ -60,7 +68,9 @@ class Hub(ThreadingHTTPServer):
         """Commits: None deletes a file. Returns the commit."""
         with self.lock:
             head = self.repos[kind, repo][branch]
-            head["files"] = {path: content for path, content in {**head["files"], **files}.items() if content is not None}
+            head["files"] = {
+                path: content for path, content in {**head["files"], **files}.items() if content is not None
+            }
             names = [f"{path} {hashlib.sha1(content).hexdigest()}" for path, content in head["files"].items()]
             head["sha"] = hashlib.sha1("\n".join([head["sha"], *names]).encode()).hexdigest()
             return head["sha"]
@@ -133,8 +143,14 @@ class Handler(BaseHTTPRequestHandler):
         if branches is None:
             return self.refuse(404, "RepoNotFound")
         if action == "preupload":
-            return self.answer({"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                                          for file in json.loads(body)["files"]]})
+            return self.answer(
+                {
+                    "files": [
+                        {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for file in json.loads(body)["files"]
+                    ]
+                }
+            )
         if action == "branch":
             if rest in branches:
                 return self.refuse(409, "BranchExists")
@@ -147,19 +163,37 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "RevisionNotFound")
         if action == "commit":
             operations = [json.loads(line) for line in body.decode().splitlines()]
-            changes = {item["value"]["path"]: base64.b64decode(item["value"]["content"]) if item["key"] == "file" else None
-                       for item in operations if item["key"] in ("file", "deletedFile")}
+            changes = {
+                item["value"]["path"]: base64.b64decode(item["value"]["content"]) if item["key"] == "file" else None
+                for item in operations
+                if item["key"] in ("file", "deletedFile")
+            }
             sha = self.server.change(kind, repo, revision, changes)
-            return self.answer({"success": True, "commitOid": sha, "commitUrl": f"{self.server.url}/{repo}/commit/{sha}"})
+            return self.answer(
+                {"success": True, "commitOid": sha, "commitUrl": f"{self.server.url}/{repo}/commit/{sha}"}
+            )
         if action == "tree":
-            return self.answer([entry(path, content) for path, content in head["files"].items() if path.startswith(folder)])
+            return self.answer(
+                [entry(path, content) for path, content in head["files"].items() if path.startswith(folder)]
+            )
         if action == "paths-info":
             wanted = json.loads(body)["paths"]
             return self.answer([entry(path, content) for path, content in head["files"].items() if path in wanted])
         if action == "revision":
-            return self.answer({"id": repo, "modelId": repo, "sha": head["sha"], "private": False, "gated": False, "tags": [],
-                                "disabled": False, "downloads": 0, "likes": 0,
-                                "siblings": [{"rfilename": path} for path in head["files"]]})
+            return self.answer(
+                {
+                    "id": repo,
+                    "modelId": repo,
+                    "sha": head["sha"],
+                    "private": False,
+                    "gated": False,
+                    "tags": [],
+                    "disabled": False,
+                    "downloads": 0,
+                    "likes": 0,
+                    "siblings": [{"rfilename": path} for path in head["files"]],
+                }
+            )
         self.refuse(404, "NotFound")
 
     def resolve(self, kind: str, repo: str, revision: str, path: str) -> None:
@@ -170,7 +204,11 @@ class Handler(BaseHTTPRequestHandler):
         if path not in head["files"]:
             return self.refuse(404, "EntryNotFound")
         content = head["files"][path]
-        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": head["sha"], "Accept-Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+            "X-Repo-Commit": head["sha"],
+            "Accept-Ranges": "bytes",
+        }
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         start, stop = (int(asked[1]), int(asked[2] or len(content) - 1) + 1) if asked else (0, len(content))
         if asked:
@@ -181,7 +219,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.cut_next -= cut
         if cut:
             self.close_connection = True
-            return self.send(206 if asked else 200, piece[: len(piece) // 2], {**headers, "Content-Length": str(len(piece))})
+            return self.send(
+                206 if asked else 200, piece[: len(piece) // 2], {**headers, "Content-Length": str(len(piece))}
+            )
         self.send(206 if asked else 200, piece, headers)
 
     @staticmethod

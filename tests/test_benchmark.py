@@ -6,7 +6,6 @@ import json
 import math
 
 import pytest
-
 from conftest import run_python
 
 TINY = ("--layers", 2, "--hidden", 64, "--heads", 1, "--intermediate", 64, "--row-tokens", 256, "--max-length", 96)
@@ -20,7 +19,11 @@ def benchmark(corpus, tmp_path, *arguments) -> dict:
 
 def test_a_step_is_measured_beside_the_reference_in_each_shape(corpus, tmp_path):
     found = benchmark(corpus, tmp_path, "--rounds", 1, "--steps", 1, "--reference-row-tokens", 192)
-    assert set(found["variants"]) == {"modernbert bucketed eager", "modernbert concatenated eager", "modernbert concatenated compiled"}
+    assert set(found["variants"]) == {
+        "modernbert bucketed eager",
+        "modernbert concatenated eager",
+        "modernbert concatenated compiled",
+    }
     assert found["reference_tokens_per_s"] == max(found["variants"].values())
     assert found["ratio"] == pytest.approx(found["ours_tokens_per_s"] / found["reference_tokens_per_s"], rel=0.05)
 
@@ -32,10 +35,23 @@ def test_a_profile_accounts_for_the_whole_step(corpus, tmp_path):
 
 
 def test_training_is_compared_by_the_same_validation_and_for_its_own_time(corpus, tmp_path):
-    found = benchmark(corpus, tmp_path, "--train-minutes", 0.02, "--reference-minutes", 0.04, "--reference-lrs", 1e-3, "--valid-tokens", 1000)
+    found = benchmark(
+        corpus,
+        tmp_path,
+        "--train-minutes",
+        0.02,
+        "--reference-minutes",
+        0.04,
+        "--reference-lrs",
+        1e-3,
+        "--valid-tokens",
+        1000,
+    )
     ours, reference = found["curves"].values()
     # Nothing is learned before the clock starts; the reference spreads its guess over the padded vocabulary.
-    assert ours[0][2] == pytest.approx(math.log(64), abs=0.1) and reference[0][2] == pytest.approx(math.log(128), abs=0.1)
+    assert ours[0][2] == pytest.approx(math.log(64), abs=0.1) and reference[0][2] == pytest.approx(
+        math.log(128), abs=0.1
+    )
     assert ours[-1][2] == found["ours_loss"] < ours[0][2]
     assert ours[-1][0] >= 0.02 * 60 and reference[-1][0] >= 0.04 * 60
 

@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hub_stand_in import Hub
 
 from dataloading import read_manifest, read_shard, write_shard
-from hub_stand_in import Hub
 
 ROOT = Path(__file__).resolve().parents[1]
 MODERNBERT = ROOT.parent / "shared" / "data" / "tokenizers" / "modernbert"
@@ -111,8 +111,21 @@ def tokenizer(tmp_path_factory, texts) -> Path:
 def packed(tmp_path_factory, texts, tokenizer) -> Path:
     directory = tmp_path_factory.mktemp("packed")
     source = write_jsonl(directory / "texts.jsonl", [*texts, SPECIAL_TEXT, "", "  \n", texts[0]])
-    succeed("pack_fineweb_edu.py", "--files", source, "--tokenizer", tokenizer, "--shard_size", 20_000,
-            "--valid_fraction", 0.1, "--test_fraction", 0.1, "--out", directory / "out")
+    succeed(
+        "pack_fineweb_edu.py",
+        "--files",
+        source,
+        "--tokenizer",
+        tokenizer,
+        "--shard_size",
+        20_000,
+        "--valid_fraction",
+        0.1,
+        "--test_fraction",
+        0.1,
+        "--out",
+        directory / "out",
+    )
     return directory / "out"
 
 
@@ -137,8 +150,12 @@ def test_trained_tokenizer(tokenizer):
 
 def test_vocabulary_too_large(tmp_path, texts):
     source = write_jsonl(tmp_path / "texts.jsonl", texts[:10])
-    assert "65,536" in error_of("train_tokenizer.py", "--files", source, "--vocab_size", 70_000, "--out", tmp_path / "t")
-    assert "entries only" in error_of("train_tokenizer.py", "--files", source, "--vocab_size", 60_000, "--out", tmp_path / "t")
+    assert "65,536" in error_of(
+        "train_tokenizer.py", "--files", source, "--vocab_size", 70_000, "--out", tmp_path / "t"
+    )
+    assert "entries only" in error_of(
+        "train_tokenizer.py", "--files", source, "--vocab_size", 60_000, "--out", tmp_path / "t"
+    )
 
 
 def test_packing_refuses_large_vocabulary(tmp_path, tokenizer, texts):
@@ -147,7 +164,9 @@ def test_packing_refuses_large_vocabulary(tmp_path, tokenizer, texts):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     (tmp_path / "tokenizer_config.json").write_bytes((tokenizer / "tokenizer_config.json").read_bytes())
     source = write_jsonl(tmp_path / "texts.jsonl", texts[:10])
-    assert "66,048" in error_of("pack_fineweb_edu.py", "--files", source, "--tokenizer", tmp_path, "--out", tmp_path / "out")
+    assert "66,048" in error_of(
+        "pack_fineweb_edu.py", "--files", source, "--tokenizer", tmp_path, "--out", tmp_path / "out"
+    )
     assert not (tmp_path / "out" / "tokenizer").exists()
 
 
@@ -176,7 +195,9 @@ def test_special_tokens_of_modernbert_in_text(tmp_path):
 
 def test_splits(packed, texts):
     splits = {split: set(texts_of(packed, split)) for split in ("train", "valid", "test")}
-    assert not (splits["train"] & splits["valid"] or splits["train"] & splits["test"] or splits["valid"] & splits["test"])
+    assert not (
+        splits["train"] & splits["valid"] or splits["train"] & splits["test"] or splits["valid"] & splits["test"]
+    )
     assert 200 < len(splits["valid"]) < 400 and 200 < len(splits["test"]) < 400
 
 
@@ -195,8 +216,18 @@ def whole(many_files, tokenizer) -> Path:
 
 
 def pack_arguments(source: Path, tokenizer: Path, out: Path) -> list:
-    return ["--files", source / "*.jsonl", "--tokenizer", tokenizer, "--shard_size", 100_000, "--batch_characters", 200_000,
-            "--out", out]
+    return [
+        "--files",
+        source / "*.jsonl",
+        "--tokenizer",
+        tokenizer,
+        "--shard_size",
+        100_000,
+        "--batch_characters",
+        200_000,
+        "--out",
+        out,
+    ]
 
 
 def pack(source: Path, tokenizer: Path, out: Path, *more) -> None:
@@ -265,8 +296,12 @@ def test_files_of_one_size_end_together_however_they_compress(tmp_path, tokenize
         if kind == "parquet":
             pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / f"{name}.{kind}")
         else:
-            (tmp_path / f"{name}.{kind}").write_bytes(lzma.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode()))
-    succeed("pack_fineweb_edu.py", "--files", tmp_path / f"*.{kind}", "--tokenizer", tokenizer, "--out", tmp_path / "out")
+            (tmp_path / f"{name}.{kind}").write_bytes(
+                lzma.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+            )
+    succeed(
+        "pack_fineweb_edu.py", "--files", tmp_path / f"*.{kind}", "--tokenizer", tokenizer, "--out", tmp_path / "out"
+    )
     packed = texts_of(tmp_path / "out", "train")
     for fifth in range(5):
         part = packed[len(packed) * fifth // 5 : len(packed) * (fifth + 1) // 5]
@@ -285,8 +320,19 @@ def test_file_types(tmp_path, tokenizer, texts, kind):
         content = "\n\n".join(texts).encode() if kind.startswith("txt") else lines
         compress = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}.get(kind.split(".")[-1], bytes)
         path.write_bytes(compress(content))
-    succeed("pack_fineweb_edu.py", "--files", path, "--tokenizer", tokenizer, "--out", tmp_path / "out",
-            "--valid_fraction", 0, "--test_fraction", 0)
+    succeed(
+        "pack_fineweb_edu.py",
+        "--files",
+        path,
+        "--tokenizer",
+        tokenizer,
+        "--out",
+        tmp_path / "out",
+        "--valid_fraction",
+        0,
+        "--test_fraction",
+        0,
+    )
     assert texts_of(tmp_path / "out", "train") == texts
 
 
@@ -297,7 +343,9 @@ def test_bad_input(tmp_path, tokenizer, texts):
         return error_of("pack_fineweb_edu.py", "--tokenizer", tokenizer, "--out", tmp_path / "out", *arguments)
 
     assert "no file matches" in message("--files", tmp_path / "*.parquet")
-    assert "no column 'body'" in (missing := message("--files", source, "--text_field", "body")) and "id, text" in missing
+    assert (
+        "no column 'body'" in (missing := message("--files", source, "--text_field", "body")) and "id, text" in missing
+    )
     assert "'id' holds int" in message("--files", source, "--text_field", "id")
     assert "--shard" in message("--files", source, "--shard", "4/4")
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
@@ -338,15 +386,19 @@ def test_sample_is_deterministic(tmp_path, sample):
     from data.make_sample import make_sample
 
     make_sample(tmp_path / "sample", vocab_size=1024, packages=["networkx", "huggingface-hub"])
-    first, second = ({path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-                     for directory in (sample, tmp_path / "sample"))
+    first, second = (
+        {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+        for directory in (sample, tmp_path / "sample")
+    )
     assert first == second
     assert [path.name for path in tmp_path.iterdir()] == ["sample"]
 
 
 def test_sample_splits_do_not_leak(sample):
-    paragraphs = {split: {part for text in texts_of(sample, split) for part in text.split("\n\n") if len(part) >= 80}
-                  for split in ("train", "valid", "test")}
+    paragraphs = {
+        split: {part for text in texts_of(sample, split) for part in text.split("\n\n") if len(part) >= 80}
+        for split in ("train", "valid", "test")
+    }
     assert all(paragraphs.values())
     assert not paragraphs["train"] & (paragraphs["valid"] | paragraphs["test"])
     assert not paragraphs["valid"] & paragraphs["test"]
@@ -359,7 +411,9 @@ def test_pairs(sample):
     for split, rows in pairs.items():
         assert [row["idx"] for row in rows] == list(range(len(rows)))
         assert sum(row["label"] for row in rows) * 2 == len(rows) > 0
-        documents = "\n".join(" ".join(text.split()) for text in texts_of(sample, "valid" if split == "validation" else split))
+        documents = "\n".join(
+            " ".join(text.split()) for text in texts_of(sample, "valid" if split == "validation" else split)
+        )
         assert all(row["text"][:60] in documents for row in rows)  # no pair is of another split's document
 
 
@@ -380,11 +434,27 @@ def hub(tmp_path, tokenizer):
     labelled[1::50], labelled[2::50] = 2, 65535
     with Hub() as hub:
         hub.add("model", "answerdotai/ModernBERT-base", {path.name: path.read_bytes() for path in tokenizer.iterdir()})
-        hub.add("dataset", "lapp0/packed_fineweb_edu", {"README.md": b"", **{
-            f"fwedu_{name}.bin": shard_bytes(tmp_path, tokens[: 1000 * (i + 1)]) for i, name in enumerate(
-                ("train_000001", "train_000002", "train_000003", "valid_000000", "test_000000"))}})
-        hub.add("dataset", "lapp0/packed_glue_mnli", {f"mnli_{split}_000000.bin": shard_bytes(tmp_path, labelled)
-                                                      for split in ("train", "validation_matched", "test_matched")})
+        hub.add(
+            "dataset",
+            "lapp0/packed_fineweb_edu",
+            {
+                "README.md": b"",
+                **{
+                    f"fwedu_{name}.bin": shard_bytes(tmp_path, tokens[: 1000 * (i + 1)])
+                    for i, name in enumerate(
+                        ("train_000001", "train_000002", "train_000003", "valid_000000", "test_000000")
+                    )
+                },
+            },
+        )
+        hub.add(
+            "dataset",
+            "lapp0/packed_glue_mnli",
+            {
+                f"mnli_{split}_000000.bin": shard_bytes(tmp_path, labelled)
+                for split in ("train", "validation_matched", "test_matched")
+            },
+        )
         yield hub
 
 
@@ -396,8 +466,11 @@ def test_download(tmp_path, hub):
     assert {path.name for path in out.glob("*.bin")} == wanted
     shards = read_manifest(out)["shards"]
     assert {name: (entry["split"], entry["documents"]) for name, entry in shards.items()} == {
-        "fwedu_train_000001.bin": ("train", 20), "fwedu_train_000002.bin": ("train", 40),
-        "fwedu_valid_000000.bin": ("valid", 80), "fwedu_test_000000.bin": ("test", 100)}
+        "fwedu_train_000001.bin": ("train", 20),
+        "fwedu_train_000002.bin": ("train", 40),
+        "fwedu_valid_000000.bin": ("valid", 80),
+        "fwedu_test_000000.bin": ("test", 100),
+    }
 
     content = (out / "fwedu_train_000002.bin").read_bytes()
     (out / "fwedu_train_000002.bin").write_bytes(content[:1500])
@@ -414,22 +487,46 @@ def test_download_names_what_failed(tmp_path, hub):
     message = error_of("download_fineweb_edu.py", "--num_chunks", 3, "--out", tmp_path / "out", env=env)
     assert "2 of 5 files" in message and "fwedu_train_000002.bin (" in message and "not a token shard" in message
     assert {path.name for path in (tmp_path / "out").glob("*.*")} - {".cache"} == {
-        "fwedu_train_000001.bin", "fwedu_valid_000000.bin", "fwedu_test_000000.bin"}
-    assert "between 1 and 3" in error_of("download_fineweb_edu.py", "--num_chunks", 4, "--out", tmp_path / "out", env=env)
+        "fwedu_train_000001.bin",
+        "fwedu_valid_000000.bin",
+        "fwedu_test_000000.bin",
+    }
+    assert "between 1 and 3" in error_of(
+        "download_fineweb_edu.py", "--num_chunks", 4, "--out", tmp_path / "out", env=env
+    )
     hub.broken = ""
-    assert "cannot read lapp0" in error_of("download_fineweb_edu.py", "--num_chunks", 1, "--out", tmp_path / "out", env=env)
+    assert "cannot read lapp0" in error_of(
+        "download_fineweb_edu.py", "--num_chunks", 1, "--out", tmp_path / "out", env=env
+    )
 
 
 def test_download_mnli(tmp_path, hub):
     succeed("download_mnli.py", "--out", tmp_path / "out", env=hub.environment(tmp_path / "home"))
     shards = read_manifest(tmp_path / "out")["shards"]
-    assert {entry["split"]: entry["documents"] for entry in shards.values()} == {"train": 100, "validation_matched": 100}
+    assert {entry["split"]: entry["documents"] for entry in shards.values()} == {
+        "train": 100,
+        "validation_matched": 100,
+    }
 
 
 def test_pack_from_the_hub(tmp_path, hub, tokenizer, texts):
     hub.add("dataset", "me/texts", {"texts.jsonl": write_jsonl(tmp_path / "texts.jsonl", texts[:100]).read_bytes()})
-    succeed("pack_fineweb_edu.py", "--dataset", "me/texts", "--tokenizer", "answerdotai/ModernBERT-base", "--prefix", "mine",
-            "--valid_fraction", 0, "--test_fraction", 0, "--out", tmp_path / "out", env=hub.environment(tmp_path / "home"))
+    succeed(
+        "pack_fineweb_edu.py",
+        "--dataset",
+        "me/texts",
+        "--tokenizer",
+        "answerdotai/ModernBERT-base",
+        "--prefix",
+        "mine",
+        "--valid_fraction",
+        0,
+        "--test_fraction",
+        0,
+        "--out",
+        tmp_path / "out",
+        env=hub.environment(tmp_path / "home"),
+    )
     assert texts_of(tmp_path / "out", "train") == texts[:100]
     assert read_manifest(tmp_path / "out")["source"]["revision"] == hub.repos["dataset", "me/texts"]["main"]["sha"]
 
@@ -448,8 +545,20 @@ def test_labelled_set(tmp_path, tokenizer, kind):
         else:
             path.write_text("".join(",".join(map(str, row)) + "\n" for row in [rows, *zip(*rows.values())]))
     files = [f"{split}={tmp_path / split}.{kind}" for split in ("train", "validation")]
-    succeed("pack_mnli.py", "--files", *files, "--text", "a", "--text_pair", "b", "--tokenizer", tokenizer,
-            "--out", tmp_path / "out", env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"})
+    succeed(
+        "pack_mnli.py",
+        "--files",
+        *files,
+        "--text",
+        "a",
+        "--text_pair",
+        "b",
+        "--tokenizer",
+        tokenizer,
+        "--out",
+        tmp_path / "out",
+        env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+    )
     assert set(read_manifest(tmp_path / "out")["shards"]) == {"mnli_train_000000.bin", "mnli_validation_000000.bin"}
     loaded, expected = AutoTokenizer.from_pretrained(tokenizer), []
     for first, second, label in zip(*rows.values()):

@@ -8,9 +8,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-
 from conftest import ROOT, SPECIALS, run_python, sentences, write_documents
-from dataloading import (HEADER_BYTES, InputError, Loader, find_windows, read_manifest, read_shard, write_shard)
+
+from dataloading import HEADER_BYTES, InputError, Loader, find_windows, read_manifest, read_shard, write_shard
 
 CLS, SEP, PAD = SPECIALS["cls"], SPECIALS["sep"], SPECIALS["pad"]
 
@@ -28,6 +28,7 @@ def loader_of(path, split="train", row_tokens=256, max_length=100, seed=7, **key
 
 def epoch(path, world_size=1, **keywords) -> list[list]:
     """Rows of one epoch, by rank, taken in shuffled order."""
+
     def one(rank):
         rows = []
         for row in loader_of(path, rank=rank, world_size=world_size, **keywords):
@@ -35,12 +36,17 @@ def epoch(path, world_size=1, **keywords) -> list[list]:
                 break
             rows.append(row)
         return rows
+
     return [one(rank) for rank in range(world_size)]
 
 
 def text_tokens(rows) -> Counter:
     """(place in the shards, id) of every token of text."""
-    return Counter(pair for row in rows for pair in zip(row.offsets[row.offsets >= 0].tolist(), row.input_ids.numpy()[row.offsets >= 0].tolist()))
+    return Counter(
+        pair
+        for row in rows
+        for pair in zip(row.offsets[row.offsets >= 0].tolist(), row.input_ids.numpy()[row.offsets >= 0].tolist())
+    )
 
 
 @pytest.mark.parametrize("name", CORPORA)
@@ -49,7 +55,9 @@ def test_an_epoch_visits_every_token_once(tmp_path, name, row_tokens, max_length
     path = write_documents(tmp_path, {"train": CORPORA[name]})
     (rows,) = epoch(path, row_tokens=row_tokens, max_length=max_length)
     seen = text_tokens(rows)
-    whole = np.concatenate([np.concatenate([[CLS, *d, SEP] for d in shard]) if shard else [] for shard in CORPORA[name]]).astype(int)
+    whole = np.concatenate(
+        [np.concatenate([[CLS, *d, SEP] for d in shard]) if shard else [] for shard in CORPORA[name]]
+    ).astype(int)
     assert set(seen.values()) == {1}
     assert set(seen) == {(place, token) for place, token in enumerate(whole.tolist()) if token >= 5}
 
@@ -85,7 +93,10 @@ def test_rows_hold_whole_documents_with_restarting_positions(tmp_path):
 def test_every_world_size_sees_the_same_global_rows(tmp_path, world_size):
     path = write_documents(tmp_path, {"train": CORPORA["several shards"]})
     alone = list(itertools.islice(loader_of(path), 48))
-    shares = [list(itertools.islice(loader_of(path, rank=rank, world_size=world_size), 48 // world_size)) for rank in range(world_size)]
+    shares = [
+        list(itertools.islice(loader_of(path, rank=rank, world_size=world_size), 48 // world_size))
+        for rank in range(world_size)
+    ]
     together = [row for round_ in zip(*shares) for row in round_]
     assert [row.index for row in together] == list(range(48))
     for a, b in zip(alone, together):
@@ -93,7 +104,9 @@ def test_every_world_size_sees_the_same_global_rows(tmp_path, world_size):
     for number, round_ in enumerate(zip(*shares)):  # what each rank says of its peers' rows is what they hold
         texts = [int(row.text.sum()) for row in round_]
         assert all(row.round_text == texts for row in round_)
-        lengths = np.concatenate([np.unique(row.document_ids.numpy()[row.input_ids.numpy() != PAD], return_counts=True)[1] for row in round_])
+        lengths = np.concatenate(
+            [np.unique(row.document_ids.numpy()[row.input_ids.numpy() != PAD], return_counts=True)[1] for row in round_]
+        )
         assert all(row.round_lengths.tolist() == lengths.tolist() for row in round_)
 
 
@@ -121,11 +134,17 @@ def test_epochs_differ_in_order_and_seeds_too(tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_has_fixed_rows_and_drops_none(tmp_path, world_size):
     path = write_documents(tmp_path, {"valid": CORPORA["several shards"]})
-    loaders = [loader_of(path, split="valid", seed=None, rank=rank, world_size=world_size) for rank in range(world_size)]
+    loaders = [
+        loader_of(path, split="valid", seed=None, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
     once = [list(loader) for loader in loaders]
-    again = [list(loader_of(path, split="valid", seed=None, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    again = [
+        list(loader_of(path, split="valid", seed=None, rank=rank, world_size=world_size)) for rank in range(world_size)
+    ]
     assert len({len(rows) for rows in once}) == 1  # empty rows fill the last round: no rank waits for another
-    assert [row.input_ids.tolist() for rows in once for row in rows] == [row.input_ids.tolist() for rows in again for row in rows]
+    assert [row.input_ids.tolist() for rows in once for row in rows] == [
+        row.input_ids.tolist() for rows in again for row in rows
+    ]
     alone = list(loader_of(path, split="valid", seed=None))
     assert text_tokens(row for rows in once for row in rows) == text_tokens(alone)
 
@@ -153,6 +172,7 @@ def test_padding_on_real_text(tmp_path):
     if not corpus.exists():
         pytest.skip("needs the project's real text, which is not here")
     import lzma
+
     with lzma.open(corpus, "rt") as file:
         documents = [[5] * len(json.loads(line)["text"].split()) for line in file]
     rows = epoch(write_documents(tmp_path, {"train": [documents]}), row_tokens=8192, max_length=1024)[0]
@@ -162,7 +182,9 @@ def test_padding_on_real_text(tmp_path):
 def test_a_process_may_exit_while_rows_are_being_packed(tmp_path):
     """A thread that is inside torch when Python takes itself apart would abort the process."""
     path = write_documents(tmp_path, {"train": CORPORA["several shards"]})
-    run = run_python("-c", f"""
+    run = run_python(
+        "-c",
+        f"""
 from pathlib import Path
 from dataloading import Loader, read_manifest
 path = Path({str(path)!r})
@@ -171,7 +193,8 @@ for rows in loaders:
     next(rows)
 for rows in loaders[1:]:  # one is left open, as by a run that fails
     rows.close()
-""")
+""",
+    )
     assert run.returncode == 0 and "Exception" not in run.stderr, run.stderr
 
 
@@ -181,7 +204,11 @@ for rows in loaders[1:]:  # one is left open, as by a run that fails
 def test_shards_that_cannot_be_used_say_why(tmp_path):
     path = write_documents(tmp_path / "good", {"train": [sentences(1, 10)]}) / "test_train_000000.bin"
     whole = path.read_bytes()
-    for broken, message in ((b"", "shorter than a shard's header"), (b"\x00" * len(whole), "not a token shard"), (whole[:-3], "truncated")):
+    for broken, message in (
+        (b"", "shorter than a shard's header"),
+        (b"\x00" * len(whole), "not a token shard"),
+        (whole[:-3], "truncated"),
+    ):
         path.write_bytes(broken)
         with pytest.raises(InputError, match=message):
             read_manifest(path.parent)
@@ -191,6 +218,7 @@ def test_shards_that_cannot_be_used_say_why(tmp_path):
 
 def test_manifest_must_agree_with_its_files(tmp_path, word_tokenizer):
     import shutil
+
     path = write_documents(tmp_path, {"train": [sentences(1, 10)]})
     write_shard(path / "test_train_000000.bin", np.array([0, 5, 1]))
     with pytest.raises(InputError, match="does not have the"):
@@ -217,5 +245,8 @@ def test_the_loader_refuses_what_it_cannot_feed(tmp_path):
 
 def test_a_shard_that_exists_is_whole(tmp_path):
     write_shard(tmp_path / "a.bin", np.arange(5, 10))
-    assert read_shard(tmp_path / "a.bin").tolist() == [5, 6, 7, 8, 9] and (tmp_path / "a.bin").stat().st_size == HEADER_BYTES + 10
+    assert (
+        read_shard(tmp_path / "a.bin").tolist() == [5, 6, 7, 8, 9]
+        and (tmp_path / "a.bin").stat().st_size == HEADER_BYTES + 10
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]

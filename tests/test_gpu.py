@@ -1,6 +1,6 @@
 """What only a GPU can show: FlexAttention's backward, the compiled step, memory, and agreement with the CPU. Skipped without one.
 
-    python -m pytest tests/test_gpu.py
+python -m pytest tests/test_gpu.py
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import math
 import numpy as np
 import pytest
 import torch
-
 from conftest import sentences, write_documents
-from dataloading import Loader, read_manifest
-from model import PRESETS, KBERTConfig, KBERTForMaskedLM, attend, flex_mask, local_tiles, pack_slots, slot_tiles
 from test_model import LENGTHS, reference_attention, row_of, tiny
 from test_trainer import flags, losses
+
+from dataloading import Loader, read_manifest
+from model import PRESETS, KBERTConfig, KBERTForMaskedLM, attend, flex_mask, local_tiles, pack_slots, slot_tiles
 from trainer import PRESETS as TRAINER_PRESETS
-from trainer import make_loss, main
+from trainer import main, make_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -34,10 +34,21 @@ def test_attention_agrees_with_fp64_forward_and_backward(window, backend):
     if backend == "flex":
         got = torch.compile(attend)(q, k, v, flex_mask(documents, window), 0.12)
     else:
-        got = attend(q, k, v, slot_tiles(documents, pack_slots(documents, 500)) if window is None else local_tiles(documents, window), 0.12)
+        got = attend(
+            q,
+            k,
+            v,
+            slot_tiles(documents, pack_slots(documents, 500)) if window is None else local_tiles(documents, window),
+            0.12,
+        )
     expected = reference_attention(q.cpu(), k.cpu(), v.cpu(), documents.cpu(), window, 0.12).cuda().float()
     assert (got - expected).norm() / expected.norm() < 2e-3  # tf32 products
-    wanted = torch.autograd.grad((reference_attention(q.cpu(), k.cpu(), v.cpu(), documents.cpu(), window, 0.12).cuda().float() * direction).sum(), (q, k, v))
+    wanted = torch.autograd.grad(
+        (
+            reference_attention(q.cpu(), k.cpu(), v.cpu(), documents.cpu(), window, 0.12).cuda().float() * direction
+        ).sum(),
+        (q, k, v),
+    )
     for a, b in zip(torch.autograd.grad((got * direction).sum(), (q, k, v)), wanted):
         assert (a - b).norm() / b.norm() < 5e-3
 
@@ -60,25 +71,51 @@ def test_one_compilation_serves_every_row_and_masking_rate(tmp_path):
     path = write_documents(tmp_path, {"train": [sentences(1, 400)]})
     model = tiny(vocab_size=64, hidden_size=128, num_attention_heads=2).cuda()
     model.encoder.compute_dtype = torch.bfloat16
-    loss_of, rows = make_loss(model, compiled=True), iter(Loader(path, read_manifest(path), "train", 1024, 100, seed=1, device="cuda"))
+    loss_of, rows = (
+        make_loss(model, compiled=True),
+        iter(Loader(path, read_manifest(path), "train", 1024, 100, seed=1, device="cuda")),
+    )
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for count in (64, 128, 192, 256):
         row = next(rows)
         masked = torch.arange(0, 1024, 4, device="cuda")[:count]
-        loss_of(row.input_ids, row.document_ids, row.positions, masked, row.input_ids[masked].long(), max_seqlen=100, window=16).backward()
+        loss_of(
+            row.input_ids,
+            row.document_ids,
+            row.positions,
+            masked,
+            row.input_ids[masked].long(),
+            max_seqlen=100,
+            window=16,
+        ).backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_training_on_a_gpu_follows_training_on_a_cpu(corpus, tmp_path):
     main(flags(corpus, tmp_path, "gpu", "--train.compile", "true"))
     from test_trainer import GOLDEN
-    assert list(losses(tmp_path / "gpu", "train_loss").values())[:3] == pytest.approx(GOLDEN[:3], abs=0.15)  # other masks: another generator
+
+    assert list(losses(tmp_path / "gpu", "train_loss").values())[:3] == pytest.approx(
+        GOLDEN[:3], abs=0.15
+    )  # other masks: another generator
     assert list(losses(tmp_path / "gpu", "val_loss").values())[-1] < math.log(64) - 0.3
 
 
 def test_row_tokens_are_measured(corpus, tmp_path):
-    main(flags(corpus, tmp_path, "auto", "--train.row_tokens", "none", "--train.batch_tokens", "65536", "--train.steps", "2"))
+    main(
+        flags(
+            corpus,
+            tmp_path,
+            "auto",
+            "--train.row_tokens",
+            "none",
+            "--train.batch_tokens",
+            "65536",
+            "--train.steps",
+            "2",
+        )
+    )
     resolved = json.loads((tmp_path / "auto" / "config.json").read_text())
     assert resolved["train"]["row_tokens"] == 65536
 
@@ -90,7 +127,9 @@ def test_the_base_model_takes_a_row_of_64k_tokens(preset):
     T = 65536
     token = torch.arange(T, device="cuda", dtype=torch.int32)
     masked = torch.arange(0, T, 4, device="cuda")
-    loss = make_loss(model, compiled=True)(token % 50_000, token // 1024, token % 1024, masked, (masked * 7) % 50_000, max_seqlen=1024, window=128)
+    loss = make_loss(model, compiled=True)(
+        token % 50_000, token // 1024, token % 1024, masked, (masked * 7) % 50_000, max_seqlen=1024, window=128
+    )
     loss.backward()
     assert loss.item() / len(masked) == pytest.approx(math.log(50_368), abs=0.3)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

@@ -9,8 +9,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import (PRESETS, KBERTConfig, KBERTForMaskedLM, KBERTForQuestionAnswering, KBERTForSequenceClassification, KBERTModel, attend,
-                   flex_mask, local_tiles, neighbour_bias, pack_slots, rotary_tables, rotate, slot_tiles)
+from model import (
+    PRESETS,
+    KBERTConfig,
+    KBERTForMaskedLM,
+    KBERTForQuestionAnswering,
+    KBERTForSequenceClassification,
+    KBERTModel,
+    attend,
+    flex_mask,
+    local_tiles,
+    neighbour_bias,
+    pack_slots,
+    rotary_tables,
+    rotate,
+    slot_tiles,
+)
 
 VOCAB = 200
 
@@ -18,8 +32,23 @@ VOCAB = 200
 def tiny(cls=KBERTForMaskedLM, **keywords):
     """A small model whose zero-initialised matrices are not zero, or nothing would depend on attention."""
     torch.manual_seed(0)
-    model = cls(KBERTConfig(**{**dict(vocab_size=VOCAB, num_hidden_layers=4, hidden_size=64, num_attention_heads=4, intermediate_size=128,
-                                      local_attention_window=16, unet_skips=True, pad_token_id=2), **keywords}))
+    model = cls(
+        KBERTConfig(
+            **{
+                **dict(
+                    vocab_size=VOCAB,
+                    num_hidden_layers=4,
+                    hidden_size=64,
+                    num_attention_heads=4,
+                    intermediate_size=128,
+                    local_attention_window=16,
+                    unet_skips=True,
+                    pad_token_id=2,
+                ),
+                **keywords,
+            }
+        )
+    )
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model.eval()
@@ -70,13 +99,20 @@ def test_tiled_attention_agrees_with_fp64_forward_and_backward(window, lengths):
     torch.manual_seed(1)
     q, k, v = (torch.randn(1, len(documents), 2, 16, dtype=torch.float64, requires_grad=True) for _ in range(3))
     direction = torch.randn(1, len(documents), 2, 16)
-    mask = slot_tiles(documents, pack_slots(documents, max(lengths))) if window is None else local_tiles(documents, window)
+    mask = (
+        slot_tiles(documents, pack_slots(documents, max(lengths))) if window is None else local_tiles(documents, window)
+    )
     got = attend(q, k, v, mask, 0.3)
     expected = reference_attention(q, k, v, documents, window, 0.3)
-    got, expected = (x[:, : sum(lengths)] for x in (got, expected))  # the padding at the end may have been cut into slots
+    got, expected = (
+        x[:, : sum(lengths)] for x in (got, expected)
+    )  # the padding at the end may have been cut into slots
     direction = direction[:, : sum(lengths)]
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5, check_dtype=False)
-    for a, b in zip(torch.autograd.grad((got * direction).sum(), (q, k, v)), torch.autograd.grad((expected * direction).sum(), (q, k, v))):
+    for a, b in zip(
+        torch.autograd.grad((got * direction).sum(), (q, k, v)),
+        torch.autograd.grad((expected * direction).sum(), (q, k, v)),
+    ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
@@ -105,7 +141,9 @@ def test_flex_mask_lists_every_visible_pair_and_no_more(window, size):
         some, every = torch.zeros_like(wanted[:, :, 0, 0]), torch.zeros_like(wanted[:, :, 0, 0])
         for row in range(len(some)):
             for table, found in ((way, some), (f"full_{way}", every)):
-                found[row, getattr(mask, f"{table}_indices")[0, 0, row, : getattr(mask, f"{table}_num_blocks")[0, 0, row]]] = True
+                found[
+                    row, getattr(mask, f"{table}_indices")[0, 0, row, : getattr(mask, f"{table}_num_blocks")[0, 0, row]]
+                ] = True
         assert (every == wanted.all(-1).all(-1)).all() and not (every & some).any()
         assert (some | every)[wanted.any(-1).any(-1)].all()
     assert (mask.mask_mod(None, None, token[:, None], token) == visible).all()
@@ -148,7 +186,10 @@ def test_padded_vocabulary_never_wins():
     assert logits.shape == (2, 9, VOCAB) and logits.abs().max() <= model.config.logit_softcap
 
 
-@pytest.mark.parametrize("preset, vocab_size, total, without_embedding", [("base", 50_368, 149e6, 110e6), ("small", 50_368, 17e6, 3.9e6), ("large", 50_368, 395e6, 344e6)])
+@pytest.mark.parametrize(
+    "preset, vocab_size, total, without_embedding",
+    [("base", 50_368, 149e6, 110e6), ("small", 50_368, 17e6, 3.9e6), ("large", 50_368, 395e6, 344e6)],
+)
 def test_presets_have_the_published_parameter_counts(preset, vocab_size, total, without_embedding):
     with torch.device("meta"):
         model = KBERTForMaskedLM(KBERTConfig(vocab_size=vocab_size, **PRESETS[preset]))
@@ -170,18 +211,33 @@ def test_a_fresh_model_starts_as_its_embedding():
 def test_heads_start_out_attending_to_their_neighbours():
     model = KBERTForMaskedLM(KBERTConfig(vocab_size=VOCAB, **PRESETS["micro"]))
     biases = [block.attention.qk_bias for block in model.encoder.blocks]
-    assert [bias is None for bias in biases] == [True, False, False, True]          # global layers look for words wherever they are
+    assert [bias is None for bias in biases] == [
+        True,
+        False,
+        False,
+        True,
+    ]  # global layers look for words wherever they are
     torch.testing.assert_close(biases[1], neighbour_bias(4, 64, 10_000.0))
-    q, k = (rotate(x.expand(1, 128, 4, 64), *rotary_tables(torch.arange(128), 64, 10_000.0, torch.float32))[0] for x in neighbour_bias(4, 64, 10_000.0))
-    scores = torch.einsum("qhd,khd->hqk", q, k)                                      # of a text that says nothing: biases alone
+    q, k = (
+        rotate(x.expand(1, 128, 4, 64), *rotary_tables(torch.arange(128), 64, 10_000.0, torch.float32))[0]
+        for x in neighbour_bias(4, 64, 10_000.0)
+    )
+    scores = torch.einsum("qhd,khd->hqk", q, k)  # of a text that says nothing: biases alone
     assert (scores.argmax(-1)[:, 10:-10] - torch.arange(10, 118)).unique(dim=1).tolist() == [[-1], [1], [-2], [2]]
 
 
-@pytest.mark.parametrize("cls, auto", [(KBERTModel, "AutoModel"), (KBERTForMaskedLM, "AutoModelForMaskedLM"),
-                                       (KBERTForSequenceClassification, "AutoModelForSequenceClassification"),
-                                       (KBERTForQuestionAnswering, "AutoModelForQuestionAnswering")])
+@pytest.mark.parametrize(
+    "cls, auto",
+    [
+        (KBERTModel, "AutoModel"),
+        (KBERTForMaskedLM, "AutoModelForMaskedLM"),
+        (KBERTForSequenceClassification, "AutoModelForSequenceClassification"),
+        (KBERTForQuestionAnswering, "AutoModelForQuestionAnswering"),
+    ],
+)
 def test_save_load_and_save_again_through_auto_classes(tmp_path, monkeypatch, cls, auto):
     import transformers
+
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = tiny(cls)
     ids, mask = torch.randint(5, VOCAB, (3, 40)), torch.ones(3, 40, dtype=torch.long)
@@ -208,6 +264,7 @@ def test_every_class_loads_from_a_pretrained_masked_lm(tmp_path):
 
 def test_fill_mask_pipeline_from_a_saved_folder(tmp_path, word_tokenizer):
     import transformers
+
     model = tiny(vocab_size=17, pad_token_id=2)
     model.save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(word_tokenizer).save_pretrained(tmp_path)
@@ -215,7 +272,13 @@ def test_fill_mask_pipeline_from_a_saved_folder(tmp_path, word_tokenizer):
     assert len(answers) == 5 and all(answer["token"] < 17 for answer in answers)
 
 
-@pytest.mark.parametrize("change, message", [(dict(num_attention_heads=5), "must divide hidden_size"), (dict(hidden_size=100, num_attention_heads=5), "multiples of 64")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(num_attention_heads=5), "must divide hidden_size"),
+        (dict(hidden_size=100, num_attention_heads=5), "multiples of 64"),
+    ],
+)
 def test_impossible_shapes_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         KBERTConfig(**{**PRESETS["micro"], **change})
@@ -223,7 +286,9 @@ def test_impossible_shapes_are_refused(change, message):
 
 def test_importing_does_nothing():
     """No process group, no device, no arguments read, nothing written."""
-    code = ("import torch, model, optimizer, dataloading, trainer; "
-            "assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()")
+    code = (
+        "import torch, model, optimizer, dataloading, trainer; "
+        "assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()"
+    )
     result = subprocess.run([sys.executable, "-c", code, "--no-such-flag"], capture_output=True, text=True)
     assert result.returncode == 0 and not result.stdout + result.stderr, result.stderr

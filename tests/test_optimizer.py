@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-
 from conftest import run_python
+
 from model import PRESETS, KBERTConfig, KBERTForMaskedLM
 from optimizer import Optimizer, polar_express
 from trainer import can_compile
@@ -18,7 +18,7 @@ def test_polar_express_lands_in_its_band_around_the_polar_factor(shape):
     torch.manual_seed(0)
     n = min(shape)
     u, _, v = torch.linalg.svd(torch.randn(3, *shape), full_matrices=False)
-    gradient = u @ torch.diag_embed(torch.logspace(0, -2, n).expand(3, n)) @ v        # singular values from 1 to 0.01
+    gradient = u @ torch.diag_embed(torch.logspace(0, -2, n).expand(3, n)) @ v  # singular values from 1 to 0.01
     result = polar_express(gradient).float()
     values = torch.linalg.svdvals(result)
     assert values.min() > 0.7 and values.max() < 1.25
@@ -36,13 +36,27 @@ def test_polar_express_of_deficient_and_zero_matrices():
 
 
 def settings(**changed) -> dict:
-    return {**dict(muon_lr=0.02, muon_weight_decay=1.0, muon_beta2=0.95, muon_polar_steps=5, embed_lr=0.01, embed_betas=(0.7, 0.95), scalar_lr=0.01,
-                   scalar_betas=(0.9, 0.95), adam_eps=1e-10), **changed}
+    return {
+        **dict(
+            muon_lr=0.02,
+            muon_weight_decay=1.0,
+            muon_beta2=0.95,
+            muon_polar_steps=5,
+            embed_lr=0.01,
+            embed_betas=(0.7, 0.95),
+            scalar_lr=0.01,
+            scalar_betas=(0.9, 0.95),
+            adam_eps=1e-10,
+        ),
+        **changed,
+    }
 
 
 def small_model() -> KBERTForMaskedLM:
     torch.manual_seed(0)
-    return KBERTForMaskedLM(KBERTConfig(vocab_size=70, num_hidden_layers=3, hidden_size=64, num_attention_heads=2, intermediate_size=128))
+    return KBERTForMaskedLM(
+        KBERTConfig(vocab_size=70, num_hidden_layers=3, hidden_size=64, num_attention_heads=2, intermediate_size=128)
+    )
 
 
 def test_every_parameter_is_in_one_group_and_muon_has_the_blocks_matrices():
@@ -51,7 +65,12 @@ def test_every_parameter_is_in_one_group_and_muon_has_the_blocks_matrices():
     in_muon = {id(p) for group in optimizer.muon for p in group.parameters}
     for name, p in model.named_parameters():
         assert (id(p) in in_muon) == (".blocks." in name and p.ndim == 2), name
-    assert {group.name: group.rows for group in optimizer.muon} == {"muon.64x256": 3 * 4 * 4, "muon.256x256": 4, "muon.384x256": 2 * 4, "muon.256x384": 4}
+    assert {group.name: group.rows for group in optimizer.muon} == {
+        "muon.64x256": 3 * 4 * 4,
+        "muon.256x256": 4,
+        "muon.384x256": 2 * 4,
+        "muon.256x384": 4,
+    }
 
 
 def test_a_zero_gradient_moves_nothing_and_makes_no_nan():
@@ -75,8 +94,8 @@ def test_cautious_decay_never_turns_a_weight_against_its_update():
     for (name, a), b in zip(model.named_parameters(), twin.parameters()):
         if ".blocks." in name and a.ndim == 2:
             extra, update, weight = (a - b).detach(), (b - start[name]).detach(), start[name].detach()
-            assert ((extra == 0) | (extra * weight < 0)).all()                  # decay shrinks
-            assert ((extra.abs() < 1e-7) | (extra * update > 0)).all()          # and only along the update
+            assert ((extra == 0) | (extra * weight < 0)).all()  # decay shrinks
+            assert ((extra.abs() < 1e-7) | (extra * update > 0)).all()  # and only along the update
 
 
 def test_muon_steps_have_the_size_that_lr_says():
@@ -88,7 +107,10 @@ def test_muon_steps_have_the_size_that_lr_says():
         for p in model.parameters():
             p.grad = size * torch.randn_like(p)
         Optimizer(model, rank=0, world_size=1, **settings(muon_weight_decay=0.0)).step(1.0, 0.95)
-        change = dict(model.named_parameters())["encoder.blocks.0.attention.out.weight"].detach() - before["encoder.blocks.0.attention.out.weight"]
+        change = (
+            dict(model.named_parameters())["encoder.blocks.0.attention.out.weight"].detach()
+            - before["encoder.blocks.0.attention.out.weight"]
+        )
         assert 0.7 * 0.02 < torch.linalg.svdvals(change).max() < 1.5 * 0.02
 
 
@@ -107,7 +129,7 @@ def test_the_embedding_follows_plain_adam(compiled):
         optimizer.step(1.0, 0.95)
         plain.step()
     moved, expected = model.encoder.embed.weight.detach() - start, twin.encoder.embed.weight.detach() - start
-    assert (moved - expected).norm() / expected.norm() < 4e-3               # updates travel in bf16
+    assert (moved - expected).norm() / expected.norm() < 4e-3  # updates travel in bf16
 
 
 # Run under torchrun: steps a model on one global batch of gradients, of which each rank holds its part, then saves the result.

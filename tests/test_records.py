@@ -11,17 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, run_python
+from test_trainer import TINY
 from transformers import AutoTokenizer
 
 import finetuner
-from conftest import ROOT, run_python
 from dataloading import InputError
 from records.leaderboard import BEGIN, END, matches, update
 from records.logs import read_log
 from records.plot import draw
 from records.submit import submit
 from records.verify import check_run, expected_steps, verify
-from test_trainer import TINY
 from trainer import LOG_LINE, log_line, main
 
 DATE_NAMES = ("before", "ours")
@@ -43,7 +43,15 @@ def retimed(text: str, seconds_a_step: float, jitter: float) -> str:
             step, flops = int(match["step"]), float(match["flops"])
             seconds = step * seconds_a_step + (jitter if step else 0)
             loss = {name: float(match[name]) for name in ("train_loss", "val_loss") if match[name]}
-            line = log_line(step, int(match["steps"]), seconds, int(match["tokens"]), flops, flops / max(seconds, 1e-9) / peak, **loss)
+            line = log_line(
+                step,
+                int(match["steps"]),
+                seconds,
+                int(match["tokens"]),
+                flops,
+                flops / max(seconds, 1e-9) / peak,
+                **loss,
+            )
         elif line.startswith('{"run"'):
             line = json.dumps(json.loads(line) | {"seconds": json.loads(line)["step"] * seconds_a_step + jitter})
         lines.append(line)
@@ -55,8 +63,29 @@ def runs(corpus, tmp_path_factory) -> list[Path]:
     """Three declared runs of 8 steps. Their times are set, so that no test depends on how busy this machine is."""
     out = tmp_path_factory.mktemp("declared")
     for seed in (1, 2, 3):
-        main([*TINY, "--data.dir", str(corpus), "--train.out", str(out), "--train.run_name", f"run-{seed}", "--train.steps", "8", "--train.valid_every", "4",
-              "--train.log_every", "2", "--train.save_every", "0", "--train.seed", str(seed), "--train.declared_runs", "3"])
+        main(
+            [
+                *TINY,
+                "--data.dir",
+                str(corpus),
+                "--train.out",
+                str(out),
+                "--train.run_name",
+                f"run-{seed}",
+                "--train.steps",
+                "8",
+                "--train.valid_every",
+                "4",
+                "--train.log_every",
+                "2",
+                "--train.save_every",
+                "0",
+                "--train.seed",
+                str(seed),
+                "--train.declared_runs",
+                "3",
+            ]
+        )
     return sorted(out.iterdir())
 
 
@@ -69,10 +98,25 @@ def archive(runs, tmp_path_factory) -> Path:
     (root.parent / "README.md").write_text(f"# Title\n{BEGIN}\n{END}\nThe rest.\n")
     log = read_log(runs[0])
     worst = max(read_log(run).named("result", "val_loss") for run in runs)
-    (root / "tracks.json").write_text(json.dumps({"tiny": {
-        "title": "for tests", "why": "", "target": {"metric": "val_loss", "value": worst + 0.5}, "min_runs": 3, "max_length": 100,
-        "data": {"hash": log.named("data", "hash"), "tokenizer_sha256": log.named("data", "tokenizer"), "validation": log.named("data", "validation")},
-        "hardware": {"world_size": 1, "threads": log.named("environment", "threads")}}}))
+    (root / "tracks.json").write_text(
+        json.dumps(
+            {
+                "tiny": {
+                    "title": "for tests",
+                    "why": "",
+                    "target": {"metric": "val_loss", "value": worst + 0.5},
+                    "min_runs": 3,
+                    "max_length": 100,
+                    "data": {
+                        "hash": log.named("data", "hash"),
+                        "tokenizer_sha256": log.named("data", "tokenizer"),
+                        "validation": log.named("data", "validation"),
+                    },
+                    "hardware": {"world_size": 1, "threads": log.named("environment", "threads")},
+                }
+            }
+        )
+    )
     for name, seconds in zip(DATE_NAMES, (2.0, 1.0)):
         folders = []
         for number, run in enumerate(runs):
@@ -82,9 +126,22 @@ def archive(runs, tmp_path_factory) -> Path:
             timed = retimed(stripped.text, seconds, 0.01 * number).split("\n")
             # the code goes back where it was
             code = text[text.index("--- trainer.py") : text.index("=== run")].split("\n")
-            first, last = (next(i for i, line in enumerate(timed) if line.startswith(start)) for start in ("--- trainer.py", "=== run"))
+            first, last = (
+                next(i for i, line in enumerate(timed) if line.startswith(start))
+                for start in ("--- trainer.py", "=== run")
+            )
             (folders[-1] / "log.txt").write_text("\n".join([*timed[:first], *code[:-1], *timed[last:]]))
-        submit(root, folders, {"track": "tiny", "name": name, "date": log.named("environment", "started")[:10], "contributors": ["a", "b"], "what": "A test."})
+        submit(
+            root,
+            folders,
+            {
+                "track": "tiny",
+                "name": name,
+                "date": log.named("environment", "started")[:10],
+                "contributors": ["a", "b"],
+                "what": "A test.",
+            },
+        )
     return root
 
 
@@ -109,6 +166,7 @@ def change_json(path: Path, **values) -> None:
 
 def in_section(section: str, name: str, value) -> Callable[[str], str]:
     """Sets a value, however deep, in a section of JSON."""
+
     def edit(text: str) -> str:
         start = text.index(f"=== {section}\n") + len(f"=== {section}\n")
         end = text.index("\n", start)
@@ -118,6 +176,7 @@ def in_section(section: str, name: str, value) -> Callable[[str], str]:
             inner = inner[key]
         inner[keys[-1]] = value
         return text[:start] + json.dumps(said) + text[end:]
+
     return edit
 
 
@@ -129,8 +188,17 @@ def test_true_records_pass(archive):
         assert verify(folder) == []
     ours = next((archive / "tiny").glob("*_ours"))
     said = json.loads((ours / "record.json").read_text())
-    assert said["beats"].endswith("_before") and said["measured"]["speedup"] == pytest.approx(2, rel=1e-3) and said["measured"]["n"] == 3
-    assert {path.name for path in (ours / "code").iterdir()} == {"trainer.py", "model.py", "optimizer.py", "dataloading.py"}
+    assert (
+        said["beats"].endswith("_before")
+        and said["measured"]["speedup"] == pytest.approx(2, rel=1e-3)
+        and said["measured"]["n"] == 3
+    )
+    assert {path.name for path in (ours / "code").iterdir()} == {
+        "trainer.py",
+        "model.py",
+        "optimizer.py",
+        "dataloading.py",
+    }
     assert (ours / "code" / "model.py").read_bytes() == (ROOT / "model.py").read_bytes()
     assert "def " not in (ours / "logs" / "1.txt").read_text() and (ours / "curve.png").stat().st_size > 1000
     assert sum(path.stat().st_size for path in ours.rglob("*") if path.is_file()) < 300_000
@@ -155,21 +223,31 @@ def test_expected_lines():
 
 
 @pytest.mark.parametrize("seal", (True, False), ids=("sealed", "unsealed"))
-@pytest.mark.parametrize("edit,message", (
-    (lambda text: re.sub(r"(step:6/8 .* train_time:)6\d\d\d", r"\g<1>5123", text), "step_avg is not train_time / step"),
-    (lambda text: re.sub(r"(step:6/8 .* mfu:)\d", r"\g<1>9", text), "mfu is not flops"),
-    (lambda text: re.sub(r"step:6/8 .*\n", "", text), "no train_loss after step 6"),
-    (lambda text: re.sub(r"(step:4/8 val_loss.*\n)", r"\1\1", text), "a val_loss too many, after step 4"),
-    (lambda text: re.sub(r"(step:8/8 val_loss:)\d", r"\g<1>0", text), "the last line's val_loss is not that of the result"),
-    (lambda text: re.sub(r"(step:6/8.*)\n(step:8/8.*)\n", r"\2\n\1\n", text), "does not grow"),
-    (in_section("result", "seconds", 1.0), "the last line's seconds"),
-    (in_section("result", "flops", 1.0e9), "do not follow from the configuration"),
-    (in_section("result", "work.masked", 10), "work.masked is 10, outside"),
-    (in_section("config", "model.hidden_size", 128), "do not follow from the configuration"),
-    (in_section("config", "train.steps", 9), "8 steps of the 9 configured"),
-    (in_section("result", "finished", False), "did not finish"),
-    (lambda text: text.replace("=== run\n", "=== resumed\nstep-000004\n=== run\n"), "a resumed run"),
-), ids=range(13))
+@pytest.mark.parametrize(
+    "edit,message",
+    (
+        (
+            lambda text: re.sub(r"(step:6/8 .* train_time:)6\d\d\d", r"\g<1>5123", text),
+            "step_avg is not train_time / step",
+        ),
+        (lambda text: re.sub(r"(step:6/8 .* mfu:)\d", r"\g<1>9", text), "mfu is not flops"),
+        (lambda text: re.sub(r"step:6/8 .*\n", "", text), "no train_loss after step 6"),
+        (lambda text: re.sub(r"(step:4/8 val_loss.*\n)", r"\1\1", text), "a val_loss too many, after step 4"),
+        (
+            lambda text: re.sub(r"(step:8/8 val_loss:)\d", r"\g<1>0", text),
+            "the last line's val_loss is not that of the result",
+        ),
+        (lambda text: re.sub(r"(step:6/8.*)\n(step:8/8.*)\n", r"\2\n\1\n", text), "does not grow"),
+        (in_section("result", "seconds", 1.0), "the last line's seconds"),
+        (in_section("result", "flops", 1.0e9), "do not follow from the configuration"),
+        (in_section("result", "work.masked", 10), "work.masked is 10, outside"),
+        (in_section("config", "model.hidden_size", 128), "do not follow from the configuration"),
+        (in_section("config", "train.steps", 9), "8 steps of the 9 configured"),
+        (in_section("result", "finished", False), "did not finish"),
+        (lambda text: text.replace("=== run\n", "=== resumed\nstep-000004\n=== run\n"), "a resumed run"),
+    ),
+    ids=range(13),
+)
 def test_an_edited_log(record, edit, message, seal):
     log = record / "logs" / "2.txt"
     change(log, edit, seal)
@@ -178,22 +256,32 @@ def test_an_edited_log(record, edit, message, seal):
 
 
 def test_an_edited_line_breaks_the_seal(record):
-    change(record / "logs" / "1.txt", lambda text: re.sub(r"(step:4/8 train_loss:\d\.\d\d)", r"\g<1>1", text), seal=False)
+    change(
+        record / "logs" / "1.txt", lambda text: re.sub(r"(step:4/8 train_loss:\d\.\d\d)", r"\g<1>1", text), seal=False
+    )
     assert any("log_sha256 does not follow" in problem for problem in verify(record))
 
 
-@pytest.mark.parametrize("section,name,value,message", (
-    ("data", "validation.fingerprint", "0" * 16, "data.validation.fingerprint is '0000000000000000', the track's is"),
-    ("data", "validation.masked_tokens", 7, "data.validation.masked_tokens is 7"),
-    ("data", "hash", "other", "data.hash is 'other'"),
-    ("config", "data.max_length", 512, "config.data.max_length is 512"),
-    ("environment", "device", "a faster one", "a run of this record: device is 'a faster one'"),
-    ("environment", "torch", "9.9", "torch is '9.9'"),
-    ("environment", "world_size", 8, "world_size is 8, the track's is 1"),
-    ("config", "train.muon_lr", 0.5, "other settings than 1.txt: muon_lr"),
-    ("config", "train.declared_runs", 5, "5 runs were declared when it started, 3 in record.json"),
-    ("config", "train.seed", 4, "there are those with seeds 1, 3, 4"),
-))
+@pytest.mark.parametrize(
+    "section,name,value,message",
+    (
+        (
+            "data",
+            "validation.fingerprint",
+            "0" * 16,
+            "data.validation.fingerprint is '0000000000000000', the track's is",
+        ),
+        ("data", "validation.masked_tokens", 7, "data.validation.masked_tokens is 7"),
+        ("data", "hash", "other", "data.hash is 'other'"),
+        ("config", "data.max_length", 512, "config.data.max_length is 512"),
+        ("environment", "device", "a faster one", "a run of this record: device is 'a faster one'"),
+        ("environment", "torch", "9.9", "torch is '9.9'"),
+        ("environment", "world_size", 8, "world_size is 8, the track's is 1"),
+        ("config", "train.muon_lr", 0.5, "other settings than 1.txt: muon_lr"),
+        ("config", "train.declared_runs", 5, "5 runs were declared when it started, 3 in record.json"),
+        ("config", "train.seed", 4, "there are those with seeds 1, 3, 4"),
+    ),
+)
 def test_one_run_that_differs(record, section, name, value, message):
     change(record / "logs" / "2.txt", in_section(section, name, value))
     assert any(message in problem for problem in verify(record))
@@ -208,7 +296,9 @@ def test_a_log_twice(record):
 def test_a_run_left_out(record):
     (record / "logs" / "3.txt").unlink()
     problems = verify(record)
-    assert any("logs/3.txt is not there" in problem for problem in problems) and any("3 runs were declared" in problem for problem in problems)
+    assert any("logs/3.txt is not there" in problem for problem in problems) and any(
+        "3 runs were declared" in problem for problem in problems
+    )
 
 
 def test_code_changed_after_the_run(record):
@@ -258,14 +348,18 @@ def test_faster_only_on_a_faster_machine(record):
     for number in (1, 2, 3):
         shutil.copy(record / "logs" / f"{number}.txt", record / "paired" / f"{number}.txt")
     problems = verify(record)
-    assert any("not faster than" in problem for problem in problems) and not any("one machine" in problem for problem in problems)
+    assert any("not faster than" in problem for problem in problems) and not any(
+        "one machine" in problem for problem in problems
+    )
 
 
 def test_paired_runs_are_of_the_record_before(record):
     (record / "paired").mkdir()
     for number in (1, 2, 3):
         text = (record / "logs" / f"{number}.txt").read_text()
-        (record / "paired" / f"{number}.txt").write_text(retimed(re.sub(r"(--- model.py sha256:)....", r"\g<1>0000", text), 3.0, 0.01 * number))
+        (record / "paired" / f"{number}.txt").write_text(
+            retimed(re.sub(r"(--- model.py sha256:)....", r"\g<1>0000", text), 3.0, 0.01 * number)
+        )
     assert any("not the code of" in problem for problem in verify(record))
 
 
@@ -294,20 +388,42 @@ def mnli_archive(archive, runs, word_tokenizer, tmp_path_factory) -> Path:
     words = [word for word in AutoTokenizer.from_pretrained(word_tokenizer).get_vocab() if word[0] != "["]
     (tmp_path / "mnli").mkdir()
     for split, number in (("train", 24), ("validation_matched", 300), ("validation_mismatched", 6)):
-        rows = [{"premise": " ".join(rng.choice(words, 6)), "hypothesis": " ".join(rng.choice(words, 3)), "label": i % 3} for i in range(number)]
+        rows = [
+            {"premise": " ".join(rng.choice(words, 6)), "hypothesis": " ".join(rng.choice(words, 3)), "label": i % 3}
+            for i in range(number)
+        ]
         (tmp_path / "mnli" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tuned = []
     for run in runs:
         shutil.copytree(word_tokenizer, run / "model", dirs_exist_ok=True)
-        finetuner.main(["--train.base_model", str(run / "model"), "--data.dataset", str(tmp_path / "mnli"), "--train.out", str(tmp_path), "--train.run_name",
-                        f"tuned-{run.name}", "--train.epochs", "1", "--train.seeds", "3", "--train.batch_size", "8"])
+        finetuner.main(
+            [
+                "--train.base_model",
+                str(run / "model"),
+                "--data.dataset",
+                str(tmp_path / "mnli"),
+                "--train.out",
+                str(tmp_path),
+                "--train.run_name",
+                f"tuned-{run.name}",
+                "--train.epochs",
+                "1",
+                "--train.seeds",
+                "3",
+                "--train.batch_size",
+                "8",
+            ]
+        )
         tuned.append(tmp_path / f"tuned-{run.name}")
     root = tmp_path / "records"
     shutil.copytree(archive, root)
     shutil.copy(archive.parent / "README.md", tmp_path)
     tracks = json.loads((root / "tracks.json").read_text())
     judged_by = read_log(tuned[0]).named("result", "splits", "mnli", "validation_matched")
-    tracks["tiny-mnli"] = tracks["tiny"] | {"target": {"metric": "mnli_matched", "value": 1.0}, "finetuning": {"protocol": "default", "validation_matched": judged_by}}
+    tracks["tiny-mnli"] = tracks["tiny"] | {
+        "target": {"metric": "mnli_matched", "value": 1.0},
+        "finetuning": {"protocol": "default", "validation_matched": judged_by},
+    }
     (root / "tracks.json").write_text(json.dumps(tracks))
     date = read_log(runs[0]).named("environment", "started")[:10]
     said = {"track": "tiny-mnli", "name": "tuned", "date": date, "contributors": ["a"], "what": "A test."}
@@ -326,22 +442,33 @@ def by_mnli(mnli_archive, tmp_path) -> Path:
 
 def test_a_record_by_mnli(by_mnli):
     assert verify(by_mnli) == []
-    scores = [100 * read_log(log).named("result", "results", "mnli", "pretrained")["validation_matched"]["accuracy"]["median"]
-              for log in sorted((by_mnli / "finetuned").iterdir())]
+    scores = [
+        100 * read_log(log).named("result", "results", "mnli", "pretrained")["validation_matched"]["accuracy"]["median"]
+        for log in sorted((by_mnli / "finetuned").iterdir())
+    ]
     said = json.loads((by_mnli / "record.json").read_text())["measured"]
     assert len(scores) == 3 and said["mnli_matched"] == pytest.approx(sum(scores) / 3) and said["p_target"] < 0.01
     root = by_mnli.parents[1]
-    assert root / "figures" / "pareto.png" in update(root, check=False)     # with a star of ours
+    assert root / "figures" / "pareto.png" in update(root, check=False)  # with a star of ours
     assert f"| {said['mnli_matched']:.1f} / {said['mnli_mismatched']:.1f} |" in (root.parent / "README.md").read_text()
 
 
-@pytest.mark.parametrize("section,name,value,message", (
-    ("config", "protocol", "sane", "the protocol is sane"),
-    ("config", "train.lr", 1.0, "other settings than 1.txt: lr"),
-    ("data", "base_sha256", "0" * 64, "started from another model"),
-    ("result", "splits.mnli.validation_matched.fingerprint", "0", "the track's is"),
-    ("result", "results.mnli.pretrained.validation_matched.accuracy.median", 0.99, "not the median of the runs' last dev_score"),
-    ("environment", "device", "H100", "device is 'H100'")))
+@pytest.mark.parametrize(
+    "section,name,value,message",
+    (
+        ("config", "protocol", "sane", "the protocol is sane"),
+        ("config", "train.lr", 1.0, "other settings than 1.txt: lr"),
+        ("data", "base_sha256", "0" * 64, "started from another model"),
+        ("result", "splits.mnli.validation_matched.fingerprint", "0", "the track's is"),
+        (
+            "result",
+            "results.mnli.pretrained.validation_matched.accuracy.median",
+            0.99,
+            "not the median of the runs' last dev_score",
+        ),
+        ("environment", "device", "H100", "device is 'H100'"),
+    ),
+)
 def test_a_forged_finetuning(by_mnli, section, name, value, message):
     change(by_mnli / "finetuned" / "2.txt", in_section(section, name, value))
     assert any(message in problem for problem in verify(by_mnli))
@@ -364,7 +491,19 @@ def test_submit_refuses_and_leaves_nothing(archive, runs):
 
 def test_declared_runs_have_their_seeds(corpus, tmp_path):
     with pytest.raises(InputError, match="their seeds are 1 to 3"):
-        main([*TINY, "--data.dir", str(corpus), "--train.out", str(tmp_path), "--train.seed", "4", "--train.declared_runs", "3"])
+        main(
+            [
+                *TINY,
+                "--data.dir",
+                str(corpus),
+                "--train.out",
+                str(tmp_path),
+                "--train.seed",
+                "4",
+                "--train.declared_runs",
+                "3",
+            ]
+        )
 
 
 # --- tables and pictures
@@ -376,7 +515,12 @@ def test_leaderboard(archive, record):
     update(root, check=False)
     assert update(root, check=True) == []
     text = (root.parent / "README.md").read_text()
-    assert text.startswith("# Title\n") and text.endswith("The rest.\n") and "| 2 | [ours](records/tiny/" in text and "2.0 times as fast" in text
+    assert (
+        text.startswith("# Title\n")
+        and text.endswith("The rest.\n")
+        and "| 2 | [ours](records/tiny/" in text
+        and "2.0 times as fast" in text
+    )
     (root.parent / "README.md").write_text(text.replace("| 2 | [ours]", "| 2 | [mine]"))
     assert update(root, check=True) == [root.parent / "README.md"]
     (root / "figures" / "tiny.png").write_bytes((root / "figures" / "pareto.png").read_bytes())
@@ -401,9 +545,32 @@ def test_plot_draws_any_runs(runs, tmp_path):
 
 def test_baseline(corpus, tmp_path):
     shape = TINY[TINY.index("--model.num_hidden_layers") : TINY.index("--train.muon_lr")]
-    done = run_python("records/baseline/modernbert.py", "--shape", "bucketed", "--lr", "1e-3", "--data.dir", str(corpus), "--data.max_length", "100",
-                      "--data.valid_tokens", "1500", "--train.out", str(tmp_path), "--train.run_name", "baseline", "--train.row_tokens", "512",
-                      "--train.steps", "6", "--train.valid_every", "3", "--train.log_every", "2", *shape)
+    done = run_python(
+        "records/baseline/modernbert.py",
+        "--shape",
+        "bucketed",
+        "--lr",
+        "1e-3",
+        "--data.dir",
+        str(corpus),
+        "--data.max_length",
+        "100",
+        "--data.valid_tokens",
+        "1500",
+        "--train.out",
+        str(tmp_path),
+        "--train.run_name",
+        "baseline",
+        "--train.row_tokens",
+        "512",
+        "--train.steps",
+        "6",
+        "--train.valid_every",
+        "3",
+        "--train.log_every",
+        "2",
+        *shape,
+    )
     assert done.returncode == 0, done.stderr
     log = read_log(tmp_path / "baseline")
     assert list(check_run(log)) == []

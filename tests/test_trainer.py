@@ -16,20 +16,73 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, SPECIALS, run_python, sentences, write_documents
+from hub_stand_in import Hub
+from test_model import tiny
 
 import trainer
-from conftest import ROOT, SPECIALS, run_python, sentences, write_documents
 from dataloading import InputError, Loader, read_manifest
-from hub_stand_in import Hub
 from model import KBERTConfig
-from test_model import tiny
-from trainer import (LOG_LINE, PRESETS, DataConfig, TrainConfig, Work, batch_factor, draw_masks, frozen_mask, local_window, log_line,
-                     lr_factor, main, make_loss, mask_rate, muon_momentum, parse_flags, processes)
+from trainer import (
+    LOG_LINE,
+    PRESETS,
+    DataConfig,
+    TrainConfig,
+    Work,
+    batch_factor,
+    draw_masks,
+    frozen_mask,
+    local_window,
+    log_line,
+    lr_factor,
+    main,
+    make_loss,
+    mask_rate,
+    muon_momentum,
+    parse_flags,
+    processes,
+)
 
-TINY = ["--preset", "micro", "--data.max_length", "100", "--data.valid_tokens", "1500", "--train.row_tokens", "256", "--train.batch_tokens", "1536",
-        "--train.steps", "20", "--train.valid_every", "10", "--train.save_every", "10", "--train.keep_checkpoints", "9", "--train.compile", "false",
-        "--model.num_hidden_layers", "2", "--model.hidden_size", "64", "--model.num_attention_heads", "2", "--model.intermediate_size", "64",
-        "--model.local_attention_window", "16", "--train.muon_lr", "0.03", "--train.embed_lr", "0.02", "--train.lr_warmup", "0.2", "--train.lr_decay", "0.5"]
+TINY = [
+    "--preset",
+    "micro",
+    "--data.max_length",
+    "100",
+    "--data.valid_tokens",
+    "1500",
+    "--train.row_tokens",
+    "256",
+    "--train.batch_tokens",
+    "1536",
+    "--train.steps",
+    "20",
+    "--train.valid_every",
+    "10",
+    "--train.save_every",
+    "10",
+    "--train.keep_checkpoints",
+    "9",
+    "--train.compile",
+    "false",
+    "--model.num_hidden_layers",
+    "2",
+    "--model.hidden_size",
+    "64",
+    "--model.num_attention_heads",
+    "2",
+    "--model.intermediate_size",
+    "64",
+    "--model.local_attention_window",
+    "16",
+    "--train.muon_lr",
+    "0.03",
+    "--train.embed_lr",
+    "0.02",
+    "--train.lr_warmup",
+    "0.2",
+    "--train.lr_decay",
+    "0.5",
+]
 
 
 def flags(corpus: Path, out: Path, name: str, *more: str) -> list[str]:
@@ -73,7 +126,9 @@ def test_other_schedules():
     c = TrainConfig(batch_start=0.5, batch_ramp=0.4, window_start=64, momentum_warmup=0.1)
     assert [batch_factor(p, c) for p in (0, 0.1, 0.3999, 0.4, 1)] == pytest.approx([0.5, 0.625, 0.875, 1, 1])
     assert [mask_rate(p, c) for p in (0, 0.5, 1)] == pytest.approx([0.3, 0.225, 0.15])
-    assert [muon_momentum(p, c) for p in (0, 0.05, 0.1, 0.9, 0.99, 1)] == pytest.approx([0.85, 0.9, 0.95, 0.95, 0.9, 0.85])
+    assert [muon_momentum(p, c) for p in (0, 0.05, 0.1, 0.9, 0.99, 1)] == pytest.approx(
+        [0.85, 0.9, 0.95, 0.95, 0.9, 0.85]
+    )
     assert {muon_momentum(p, TrainConfig(muon_momentum=0.85)) for p in (0, 0.05, 0.5, 0.99, 1)} == {0.85}
     assert [local_window(p, c, 256) for p in (0, 0.3, 0.67, 1)] == [64, 192, 256, 256]
     assert local_window(0, TrainConfig(), 128) == 128
@@ -81,15 +136,47 @@ def test_other_schedules():
 
 def test_flags_override_the_preset_and_the_preset_the_defaults():
     groups = {"data": DataConfig, "train": TrainConfig, "model": KBERTConfig}
-    _, values = parse_flags(groups, PRESETS, ["--preset", "micro", "--train.steps", "7", "--train.compile=false", "--train.embed_betas", "0.5,0.9",
-                                              "--train.max_minutes", "none", "--model.unet_skips", "--train.seed", "1_000"], "", "base")
+    _, values = parse_flags(
+        groups,
+        PRESETS,
+        [
+            "--preset",
+            "micro",
+            "--train.steps",
+            "7",
+            "--train.compile=false",
+            "--train.embed_betas",
+            "0.5,0.9",
+            "--train.max_minutes",
+            "none",
+            "--model.unet_skips",
+            "--train.seed",
+            "1_000",
+        ],
+        "",
+        "base",
+    )
     assert values["train"]["steps"] == 7 and values["train"]["row_tokens"] == PRESETS["micro"]["train.row_tokens"]
-    assert values["train"]["compile"] is False and values["train"]["embed_betas"] == (0.5, 0.9) and values["train"]["max_minutes"] is None
+    assert (
+        values["train"]["compile"] is False
+        and values["train"]["embed_betas"] == (0.5, 0.9)
+        and values["train"]["max_minutes"] is None
+    )
     assert values["model"]["unet_skips"] is True and values["train"]["seed"] == 1000
 
 
-@pytest.mark.parametrize("bad", [["--train.step", "7"], ["--train.compile", "perhaps"], ["--train.lr_schedule", "flat"], ["--preset", "huge"],
-                                 ["--train.embed_betas", "0.9"], ["--train.steps", "many"], ["--model.vocab_size", "9"]])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ["--train.step", "7"],
+        ["--train.compile", "perhaps"],
+        ["--train.lr_schedule", "flat"],
+        ["--preset", "huge"],
+        ["--train.embed_betas", "0.9"],
+        ["--train.steps", "many"],
+        ["--model.vocab_size", "9"],
+    ],
+)
 def test_flags_that_mean_nothing_are_refused(bad, capsys):
     with pytest.raises(SystemExit) as stop:
         main(bad)
@@ -100,14 +187,20 @@ def test_help_names_units_and_defaults(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "--train.max_minutes X minutes of training time" in said and "optimizer steps [10000]" in said and "--model.*" in said
+    assert (
+        "--train.max_minutes X minutes of training time" in said
+        and "optimizer steps [10000]" in said
+        and "--model.*" in said
+    )
 
 
 # --- counting
 
 
 def test_flops_count_what_is_attended_to():
-    config = KBERTConfig(vocab_size=100, num_hidden_layers=4, hidden_size=64, num_attention_heads=2, intermediate_size=128)
+    config = KBERTConfig(
+        vocab_size=100, num_hidden_layers=4, hidden_size=64, num_attention_heads=2, intermediate_size=128
+    )
     lengths = np.array([3, 20, 40, 100])
     pairs = {None: 0, 16: 0}
     for window in pairs:
@@ -121,12 +214,17 @@ def test_flops_count_what_is_attended_to():
     work.add(lengths[2:], 6, 16)
     whole = 3 * (matrices + attention + 2 * 10 * 64 * 100)
     assert work.training_flops(config, whole_last_layer=True) == whole
-    assert work.training_flops(config) == whole - 3 * 2 * (lengths.sum() - 10) * sum(r * c for r, c in [(64, 64), (256, 64), (64, 128)])
+    assert work.training_flops(config) == whole - 3 * 2 * (lengths.sum() - 10) * sum(
+        r * c for r, c in [(64, 64), (256, 64), (64, 128)]
+    )
 
 
 def test_log_lines_match_the_one_expression():
     line = log_line(120, 4000, 61.234, 123456, 1.5e12, 0.4567, train_loss=4.1234)
-    assert line == "step:120/4000 train_loss:4.1234 train_time:61234ms step_avg:510.28ms tokens:123456 flops:1.500000e+12 mfu:0.4567"
+    assert (
+        line
+        == "step:120/4000 train_loss:4.1234 train_time:61234ms step_avg:510.28ms tokens:123456 flops:1.500000e+12 mfu:0.4567"
+    )
     assert LOG_LINE.match(line)["train_loss"] == "4.1234" and LOG_LINE.match(line)["val_loss"] is None
     assert LOG_LINE.match(log_line(0, None, 0.0, 0, 0.0, 0.0, val_loss=9.0))["steps"] == "-"
 
@@ -181,15 +279,40 @@ def test_one_graph_serves_every_row_and_masking_rate(corpus, monkeypatch):
         for count in (64, 128, 192, 256, 65):
             row, masked = next(rows), torch.arange(0, 1024, 4)[:count]
             arguments = row.input_ids, row.document_ids, row.positions, masked, row.input_ids[masked].long()
-            torch.testing.assert_close(compiled(*arguments, max_seqlen=100, window=16), eager(*arguments, max_seqlen=100, window=16), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                compiled(*arguments, max_seqlen=100, window=16),
+                eager(*arguments, max_seqlen=100, window=16),
+                rtol=1e-4,
+                atol=1e-4,
+            )
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 # --- the run
 
 
-GOLDEN = [4.2210, 4.2052, 4.1848, 4.1708, 4.2022, 4.2112, 4.1475, 4.1677, 4.1625, 4.1067,
-          4.0723, 4.0585, 3.9508, 3.8796, 3.6894, 3.5609, 3.3785, 3.2478, 3.1186, 3.0046]
+GOLDEN = [
+    4.2210,
+    4.2052,
+    4.1848,
+    4.1708,
+    4.2022,
+    4.2112,
+    4.1475,
+    4.1677,
+    4.1625,
+    4.1067,
+    4.0723,
+    4.0585,
+    3.9508,
+    3.8796,
+    3.6894,
+    3.5609,
+    3.3785,
+    3.2478,
+    3.1186,
+    3.0046,
+]
 
 
 def test_golden_losses(finished):
@@ -199,8 +322,17 @@ def test_golden_losses(finished):
 
 def test_a_run_learns_and_leaves_what_it_says(finished):
     valid = losses(finished, "val_loss")
-    assert list(valid) == [0, 10, 20] and valid[0] == pytest.approx(math.log(64), abs=0.1) and valid[20] < valid[0] - 0.3
-    assert {path.name for path in finished.iterdir()} == {"log.txt", "metrics.jsonl", "config.json", "curves.png", "checkpoints", "model"}
+    assert (
+        list(valid) == [0, 10, 20] and valid[0] == pytest.approx(math.log(64), abs=0.1) and valid[20] < valid[0] - 0.3
+    )
+    assert {path.name for path in finished.iterdir()} == {
+        "log.txt",
+        "metrics.jsonl",
+        "config.json",
+        "curves.png",
+        "checkpoints",
+        "model",
+    }
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["step-000010", "step-000020"]
     text = (finished / "log.txt").read_text()
     for title in ("command", "config", "environment", "data", "code", "run", "result"):
@@ -208,7 +340,9 @@ def test_a_run_learns_and_leaves_what_it_says(finished):
     assert (ROOT / "optimizer.py").read_text() in text
     result = json.loads(text.split("=== result\n")[1].splitlines()[0])
     last = lines(finished)[-1]
-    assert int(last["tokens"]) == result["work"]["tokens"] and float(last["val_loss"]) == pytest.approx(result["val_loss"], abs=1e-4)
+    assert int(last["tokens"]) == result["work"]["tokens"] and float(last["val_loss"]) == pytest.approx(
+        result["val_loss"], abs=1e-4
+    )
     metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "train_loss" in m] == list(range(1, 21))
     assert f"{result['val_loss']:.4f}" in (finished / "model" / "README.md").read_text()
@@ -216,7 +350,9 @@ def test_a_run_learns_and_leaves_what_it_says(finished):
 
 def test_tokens_are_those_of_the_rows(finished, corpus):
     loader = iter(Loader(corpus, read_manifest(corpus), "train", 256, 100, seed=1))
-    assert int(lines(finished)[-1]["tokens"]) == sum(int((next(loader).input_ids != SPECIALS["pad"]).sum()) for _ in range(20 * 6))
+    assert int(lines(finished)[-1]["tokens"]) == sum(
+        int((next(loader).input_ids != SPECIALS["pad"]).sum()) for _ in range(20 * 6)
+    )
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -234,7 +370,11 @@ def test_ranks_share_one_and_the_same_training(corpus, finished, tmp_path, ranks
 def test_the_same_weights_validate_to_the_same_loss_on_any_ranks(corpus, finished, tmp_path, ranks):
     shutil.copytree(finished, tmp_path / "copy")
     checkpoint = tmp_path / "copy" / "checkpoints" / "step-000010"
-    result = run_python("trainer.py", *flags(corpus, tmp_path, "copy", "--train.resume", checkpoint, "--train.steps", 10), processes=ranks)
+    result = run_python(
+        "trainer.py",
+        *flags(corpus, tmp_path, "copy", "--train.resume", checkpoint, "--train.steps", 10),
+        processes=ranks,
+    )
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "copy", "val_loss")[10] == pytest.approx(losses(finished, "val_loss")[10], abs=1e-4)
 
@@ -250,7 +390,12 @@ def test_a_resumed_run_is_bit_identical_to_one_never_stopped(corpus, finished, t
 
 
 def test_sigterm_saves_and_exits(corpus, tmp_path):
-    process = subprocess.Popen([sys.executable, "trainer.py", *flags(corpus, tmp_path, "term", "--train.steps", 100_000)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "trainer.py", *flags(corpus, tmp_path, "term", "--train.steps", 100_000)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     log, deadline = tmp_path / "term" / "log.txt", time.monotonic() + 120
     while not (log.exists() and "step:7/" in log.read_text()):
         assert time.monotonic() < deadline and process.poll() is None
@@ -259,7 +404,12 @@ def test_sigterm_saves_and_exits(corpus, tmp_path):
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "continue with --train.resume auto" in said
     last = max((tmp_path / "term" / "checkpoints").iterdir())
-    assert json.loads((last / "state.json").read_text())["step"] == int(lines(tmp_path / "term")[-1]["step"]) == int(last.name[5:]) >= 7
+    assert (
+        json.loads((last / "state.json").read_text())["step"]
+        == int(lines(tmp_path / "term")[-1]["step"])
+        == int(last.name[5:])
+        >= 7
+    )
 
 
 def test_a_run_by_the_clock_ends_when_its_time_is_up(corpus, tmp_path):
@@ -269,15 +419,39 @@ def test_a_run_by_the_clock_ends_when_its_time_is_up(corpus, tmp_path):
 
 
 def test_batch_and_window_schedules_run(corpus, tmp_path):
-    main(flags(corpus, tmp_path, "schedules", "--train.batch_start", "0.5", "--train.batch_ramp", "0.6", "--train.window_start", "64",
-               "--model.local_attention_window", "128", "--train.grad_accum", "4", "--train.save_every", "0", "--train.steps", "8"))
-    metrics = [json.loads(line) for line in (tmp_path / "schedules" / "metrics.jsonl").read_text().splitlines() if "train_loss" in line]
+    main(
+        flags(
+            corpus,
+            tmp_path,
+            "schedules",
+            "--train.batch_start",
+            "0.5",
+            "--train.batch_ramp",
+            "0.6",
+            "--train.window_start",
+            "64",
+            "--model.local_attention_window",
+            "128",
+            "--train.grad_accum",
+            "4",
+            "--train.save_every",
+            "0",
+            "--train.steps",
+            "8",
+        )
+    )
+    metrics = [
+        json.loads(line)
+        for line in (tmp_path / "schedules" / "metrics.jsonl").read_text().splitlines()
+        if "train_loss" in line
+    ]
     assert metrics[0]["batch_tokens"] == 512 and metrics[-1]["batch_tokens"] == 1024
     assert metrics[0]["window"] == 64 and metrics[-1]["window"] == 128
 
 
 def test_compiled_and_eager_training_agree(corpus, finished, tmp_path):
     from trainer import can_compile
+
     if not can_compile(torch.device("cpu")):
         pytest.skip("needs a C++ compiler")
     main(flags(corpus, tmp_path, "compiled", "--train.compile", "true"))
@@ -297,18 +471,34 @@ def test_without_a_compiler_it_says_so_once_and_runs(corpus, tmp_path, monkeypat
 
 def test_a_run_pushes_model_and_checkpoints(corpus, word_tokenizer, tmp_path):
     from dataloading import sha256_of
-    data = write_documents(tmp_path / "data", {"train": [sentences(1, 200, 17)], "valid": [sentences(3, 40, 17)]}, vocab_size=17,
-                           tokenizer=sha256_of(word_tokenizer / "tokenizer.json"))
+
+    data = write_documents(
+        tmp_path / "data",
+        {"train": [sentences(1, 200, 17)], "valid": [sentences(3, 40, 17)]},
+        vocab_size=17,
+        tokenizer=sha256_of(word_tokenizer / "tokenizer.json"),
+    )
     shutil.copytree(word_tokenizer, data / "tokenizer")
     with Hub() as hub:
-        result = run_python("trainer.py", *flags(data, tmp_path, "pushed", "--train.hf_model_name", "me/tiny"), env=hub.environment(tmp_path))
+        result = run_python(
+            "trainer.py",
+            *flags(data, tmp_path, "pushed", "--train.hf_model_name", "me/tiny"),
+            env=hub.environment(tmp_path),
+        )
         assert result.returncode == 0, result.stderr
-        assert {"model.safetensors", "config.json", "model.py", "tokenizer.json", "README.md"} <= set(hub.files("model", "me/tiny", "main"))
+        assert {"model.safetensors", "config.json", "model.py", "tokenizer.json", "README.md"} <= set(
+            hub.files("model", "me/tiny", "main")
+        )
         for branch in ("step-000010", "step-000020"):
             assert "model.safetensors" in hub.files("model", "me/tiny", branch)
-        assert hub.files("model", "me/tiny", "main")["model.safetensors"] == (tmp_path / "pushed" / "model" / "model.safetensors").read_bytes()
-        code = ("import sys; from transformers import pipeline; "
-                "print(len(pipeline('fill-mask', 'me/tiny', trust_remote_code=True)('the cat [MASK] on')))")
+        assert (
+            hub.files("model", "me/tiny", "main")["model.safetensors"]
+            == (tmp_path / "pushed" / "model" / "model.safetensors").read_bytes()
+        )
+        code = (
+            "import sys; from transformers import pipeline; "
+            "print(len(pipeline('fill-mask', 'me/tiny', trust_remote_code=True)('the cat [MASK] on')))"
+        )
         loaded = run_python("-c", code, env=hub.environment(tmp_path))
         assert loaded.returncode == 0 and loaded.stdout.strip().endswith("5"), loaded.stderr
 
@@ -316,8 +506,11 @@ def test_a_run_pushes_model_and_checkpoints(corpus, word_tokenizer, tmp_path):
 def test_a_failing_hub_never_stops_a_run(corpus, tmp_path):
     with Hub() as hub:
         hub.broken = "commit"
-        result = run_python("trainer.py", *flags(corpus, tmp_path, "unpushed", "--train.hf_model_name", "me/tiny"),
-                            env={**hub.environment(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "2"})
+        result = run_python(
+            "trainer.py",
+            *flags(corpus, tmp_path, "unpushed", "--train.hf_model_name", "me/tiny"),
+            env={**hub.environment(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "2"},
+        )
     assert result.returncode == 0, result.stderr
     assert "hf upload me/tiny" in result.stdout and (tmp_path / "unpushed" / "model" / "model.safetensors").exists()
     assert (tmp_path / "unpushed" / "to_push" / "step-000010" / "model.safetensors").exists()
@@ -329,9 +522,15 @@ def test_wandb_is_imported_only_when_asked_for(corpus, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "wandb", None)
         main(flags(corpus, tmp_path, "missing", "--train.wandb_project", "p"))
     logged = []
-    run = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("finished"))
+    run = types.SimpleNamespace(
+        log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("finished")
+    )
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **keywords: run))
-    main(flags(corpus, tmp_path, "reported", "--train.wandb_project", "p", "--train.steps", "2", "--train.save_every", "0"))
+    main(
+        flags(
+            corpus, tmp_path, "reported", "--train.wandb_project", "p", "--train.steps", "2", "--train.save_every", "0"
+        )
+    )
     assert [step for step, _ in logged[:-1]] == [0, 1, 2, 2] and "val_loss" in logged[0][1] and logged[-1] == "finished"
 
 
@@ -341,7 +540,11 @@ def test_wandb_is_imported_only_when_asked_for(corpus, tmp_path, monkeypatch):
 def failure(corpus, tmp_path, *more, processes=1, env=None) -> str:
     result = run_python("trainer.py", *flags(corpus, tmp_path, "bad", *more), processes=processes, env=env, timeout=120)
     assert result.returncode != 0
-    said = [line[line.index("error: "):] for line in result.stderr.splitlines() if "error: " in line and "ERROR" not in line]
+    said = [
+        line[line.index("error: ") :]
+        for line in result.stderr.splitlines()
+        if "error: " in line and "ERROR" not in line
+    ]
     assert len(said) == processes or processes > 1 and said, result.stderr
     assert "Traceback" not in result.stderr.split("torch/distributed")[0]
     return said[0]
@@ -351,16 +554,19 @@ def test_no_data_says_which_command_brings_some(tmp_path):
     assert "python data/download_fineweb_edu.py" in failure(tmp_path / "nothing", tmp_path, processes=2)
 
 
-@pytest.mark.parametrize("more, message", [
-    (["--train.batch_tokens", "1000"], "use --train.batch_tokens 1024"),
-    (["--train.row_tokens", "200"], "not a multiple of 128: try 128"),
-    (["--data.max_length", "300"], "longer than a row"),
-    (["--model.num_attention_heads", "5"], "must divide hidden_size"),
-    (["--train.mask_rate_end", "0"], "masking rate of 0"),
-    (["--train.lr_warmup", "2"], "give a fraction"),
-    (["--train.muon_polar_steps", "6"], "between 1 and 5"),
-    (["--train.resume", "nowhere"], "is not a checkpoint"),
-])
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--train.batch_tokens", "1000"], "use --train.batch_tokens 1024"),
+        (["--train.row_tokens", "200"], "not a multiple of 128: try 128"),
+        (["--data.max_length", "300"], "longer than a row"),
+        (["--model.num_attention_heads", "5"], "must divide hidden_size"),
+        (["--train.mask_rate_end", "0"], "masking rate of 0"),
+        (["--train.lr_warmup", "2"], "give a fraction"),
+        (["--train.muon_polar_steps", "6"], "between 1 and 5"),
+        (["--train.resume", "nowhere"], "is not a checkpoint"),
+    ],
+)
 def test_bad_settings_are_one_sentence(corpus, tmp_path, more, message):
     with pytest.raises(InputError, match=message):
         main(flags(corpus, tmp_path, "bad", *more))
@@ -387,14 +593,26 @@ def test_a_run_is_never_overwritten(corpus, finished):
 def test_a_checkpoint_of_other_settings_is_refused(corpus, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "other")
     with pytest.raises(InputError, match=r"other settings \(model\)"):
-        main(flags(corpus, tmp_path, "other", "--train.resume", tmp_path / "other" / "checkpoints" / "step-000010", "--model.hidden_size", "128"))
+        main(
+            flags(
+                corpus,
+                tmp_path,
+                "other",
+                "--train.resume",
+                tmp_path / "other" / "checkpoints" / "step-000010",
+                "--model.hidden_size",
+                "128",
+            )
+        )
 
 
 def test_no_hub_token_is_said_before_training(corpus, tmp_path):
     with Hub() as hub:
         environment = {**hub.environment(tmp_path), "HF_TOKEN": ""}
         hub.broken = "whoami"
-        assert "hf auth login" in failure(corpus, tmp_path, "--train.hf_model_name", "me/tiny", processes=2, env=environment)
+        assert "hf auth login" in failure(
+            corpus, tmp_path, "--train.hf_model_name", "me/tiny", processes=2, env=environment
+        )
     assert not list(tmp_path.glob("bad/checkpoints/*"))
 
 
@@ -405,10 +623,22 @@ def test_a_place_that_cannot_be_written_is_named(corpus, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(corpus, tmp_path):
     from safetensors.torch import load_file
-    hot = ["--train.embed_lr", "1e38", "--train.muon_lr", "1e38", "--train.lr_warmup", "0.5", "--train.valid_every", "0"]
+
+    hot = [
+        "--train.embed_lr",
+        "1e38",
+        "--train.muon_lr",
+        "1e38",
+        "--train.lr_warmup",
+        "0.5",
+        "--train.valid_every",
+        "0",
+    ]
     with pytest.raises(InputError, match=r"the loss of step \d+ is (nan|inf), .*rows \["):
         main(flags(corpus, tmp_path, "hot", *hot, "--train.save_every", "0"))
     with pytest.raises(InputError, match=r"the weights after step \d+ are not finite"):
         main(flags(corpus, tmp_path, "saved", *hot, "--train.save_every", "1"))
     checkpoints = list((tmp_path / "saved" / "checkpoints").iterdir())
-    assert checkpoints and all(torch.isfinite(t).all() for c in checkpoints for t in load_file(c / "model.safetensors").values())
+    assert checkpoints and all(
+        torch.isfinite(t).all() for c in checkpoints for t in load_file(c / "model.safetensors").values()
+    )
