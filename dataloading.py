@@ -413,3 +413,62 @@ class Loader:
             round_lengths=np.array([length + 2 for row in rounds for _, _, length in row], dtype=np.int64),
             state=state,
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The validation set: which tokens are masked, and what tells one set from another
+
+FROZEN_MASK_RATE = 0.15
+
+
+def hash64(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser: integers in, well-stirred uint64 out."""
+    x = x.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def frozen_mask(offsets: np.ndarray) -> np.ndarray:
+    """[T] bool: 15% of the text, decided for each token by where it lies in the shards alone.
+
+    So the same tokens are masked whatever the world size, the row size and the way documents are packed or cut.
+    """
+    return (offsets >= 0) & (hash64(offsets + 1) < np.uint64(FROZEN_MASK_RATE * 2**64))
+
+
+def data_hash(manifest: dict) -> str:
+    """Of tokenizer and shards: two runs with the same one read the same tokens."""
+    shards = sorted((name, entry["sha256"]) for name, entry in manifest["shards"].items())
+    return hashlib.sha256(json.dumps([manifest["tokenizer"]["sha256"], shards]).encode()).hexdigest()
+
+
+def unigram_surprise(shards: list[Path], specials: dict) -> np.ndarray:
+    """[vocabulary] nats: minus the logarithm of each token's frequency, with add-one smoothing."""
+    counts, budget = np.ones(specials["vocab_size"]), 100_000_000  # tokens: enough to know frequencies, quick to read
+    for path in shards:
+        tokens = read_shard(path)[:budget]
+        budget -= len(tokens)
+        for low in range(0, len(tokens), SCAN_TOKENS):
+            counts += np.bincount(tokens[low : low + SCAN_TOKENS], minlength=len(counts))[: len(counts)]
+    counts[[specials[name] for name in ("cls", "sep", "pad", "mask")]] = 0
+    with np.errstate(divide="ignore"):
+        return -np.log(counts / counts.sum())
+
+
+def describe_validation(directory: Path, manifest: dict, loader: Loader) -> dict:
+    """Size and fingerprint of a loader's set with its masks, and the loss of one who knows unigram frequencies alone.
+
+    The fingerprint sums a hash of (place, token, masked) over the text, so it does not depend on how rows are packed.
+    """
+    shards = [directory / name for name, entry in manifest["shards"].items() if entry["split"] == "train"]
+    surprise = unigram_surprise(shards, manifest["tokenizer"])
+    fingerprint, tokens, masked_tokens, unigram = 0, 0, 0, 0.0
+    for row in loader:
+        ids, text, masked = row.input_ids.cpu().numpy(), row.offsets >= 0, frozen_mask(row.offsets)
+        code = hash64(row.offsets[text] + 1) + (ids[text].astype(np.uint64) * np.uint64(2) + masked[text])
+        fingerprint = (fingerprint + int(hash64(code).sum(dtype=np.uint64))) % 2**64
+        tokens, masked_tokens = tokens + int(text.sum()), masked_tokens + int(masked.sum())
+        unigram += surprise[ids[masked]].sum()
+    found = {"tokens": tokens, "masked_tokens": masked_tokens, "fingerprint": f"{fingerprint:016x}"}
+    return found | {"unigram_loss": unigram / max(1, masked_tokens)}

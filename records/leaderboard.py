@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataloading import InputError
 from records.logs import Log
+
+from dataloading import InputError
 from records.plot import COLORS, figure
 from records.verify import RECORDS, Record, read_records, read_tracks
 

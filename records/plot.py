@@ -1,4 +1,4 @@
-"""Draws any runs: loss, learning rate, masking rate and tokens a second of pretrainings; loss, score and rate of finetunings.
+"""Draws any runs: loss and tokens a second, learning and masking rates where metrics.jsonl stands beside the log.
 
 python records/plot.py logs/RUN [logs/RUN ...] [--out curves.png]
 """
@@ -6,88 +6,63 @@ python records/plot.py logs/RUN [logs/RUN ...] [--out curves.png]
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataloading import InputError
-from records.logs import Log, read_log
-from trainer import TrainConfig, lr_factor, mask_rate
+from records.log import Log, read_log
 
 COLORS = ("#c1272d", "#2a6fb0", "#3a8a4f", "#b8860b", "#7b4fa3", "#444444")  # told apart on white by most eyes
 PANELS = {
     "loss": "loss (nats per masked token; points: validation)",
     "score": "score on the validation split",
-    "lr": "learning rate",
+    "lr": "learning rate (of the matrices)",
     "mask": "masking rate (fraction of a row)",
     "rate": "tokens per second",
 }
+DRAWN = {"train_loss": ("loss", "-"), "val_loss": ("loss", "o--"), "dev_score": ("score", "o-"), "lr": ("lr", "-")}
+Points = list[tuple[float, float]]
 
 
-def series(log: Log) -> dict[str, list[tuple[list[float], list[float], str]]]:
-    """What to draw of a log: panel -> curves of minutes, values and style."""
+def series(log: Log) -> dict[str, list[tuple[Points, str]]]:
+    """What to draw of a log: panel -> curves of (minutes, value), each with its style."""
     found: dict[str, list] = {panel: [] for panel in PANELS}
 
-    def add(panel: str, points: list[tuple[float, float]], style: str) -> None:
+    def add(panel: str, points: Points, style: str = "-") -> None:
         if points:
-            found[panel].append(([seconds / 60 for seconds, _ in points], [value for _, value in points], style))
+            found[panel].append(([(seconds / 60, value) for seconds, value in points], style))
 
     for run in sorted({line.run for line in log.lines}, key=lambda run: run or 0):
         lines = [line for line in log.lines if line.run == run]
-        add("loss", [(line.seconds, line.train_loss) for line in lines if line.train_loss is not None], "-")
-        add("loss", [(line.seconds, line.val_loss) for line in lines if line.val_loss is not None], "o--")
-        add("score", [(line.seconds, line.dev_score) for line in lines if line.dev_score is not None], "o-")
-        add("lr", [(line.seconds, line.lr) for line in lines if line.lr is not None], "-")
+        for name, (panel, style) in DRAWN.items():
+            values = [(line.seconds, getattr(line, name)) for line in lines]
+            add(panel, [(seconds, value) for seconds, value in values if value is not None], style)
         trained = [line for line in lines if line.tokens is not None and line.train_loss is not None]
-        add(
-            "rate",
-            [
-                (b.seconds, (b.tokens - a.tokens) / (b.seconds - a.seconds))
-                for a, b in itertools.pairwise(trained)
-                if b.seconds > a.seconds
-            ],
-            "-",
-        )
-    if not log.finetuning:
-        known = {field.name for field in dataclasses.fields(TrainConfig)}
-        train = TrainConfig(**{name: value for name, value in log.named("config", "train").items() if name in known})
-        peak = log.sections["config"].get("adamw_lr", train.muon_lr)
-        progress = [
-            (
-                line.seconds,
-                min(
-                    1.0,
-                    line.seconds / (60 * train.max_minutes)
-                    if train.max_minutes is not None
-                    else line.step / train.steps,
-                ),
-            )
-            for line in log.lines
-        ]
-        add("lr", [(seconds, peak * lr_factor(p, train)) for seconds, p in progress], "-")
-        add("mask", [(seconds, mask_rate(p, train)) for seconds, p in progress], "-")
+        pairs = [(a, b) for a, b in itertools.pairwise(trained) if b.seconds > a.seconds]
+        add("rate", [(b.seconds, (b.tokens - a.tokens) / (b.seconds - a.seconds)) for a, b in pairs])
+    beside = log.path.with_name("metrics.jsonl")
+    if not log.finetuning and beside.exists():
+        metrics = [json.loads(line) for line in beside.read_text(encoding="utf-8").splitlines()]
+        for panel, name in (("lr", "lr"), ("mask", "mask_rate")):
+            add(panel, [(values["seconds"], values[name]) for values in metrics if name in values])
     return found
 
 
 def figure(panels: Sequence[str], columns: int = 2):
     """A figure on white, which reads on light and dark pages alike, and its axes."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = -(-len(panels) // columns)
+    rows, columns = -(-len(panels) // columns), min(columns, len(panels))
+    size = 5.2 * columns, 3.4 * rows
     drawn, axes = pyplot.subplots(
-        rows,
-        min(columns, len(panels)),
-        figsize=(5.2 * min(columns, len(panels)), 3.4 * rows),
-        dpi=130,
-        facecolor="white",
-        layout="constrained",
-        squeeze=False,
+        rows, columns, figsize=size, dpi=130, facecolor="white", layout="constrained", squeeze=False
     )
     for number, axis in enumerate(axes.flat):
         axis.set_visible(number < len(panels))
@@ -98,32 +73,29 @@ def figure(panels: Sequence[str], columns: int = 2):
 
 def draw(runs: Sequence[Path], out: Path) -> None:
     """Writes a picture of the runs' logs. Raises InputError for what is not a log."""
-    from matplotlib import pyplot
-
-    logs = {path: read_log(path) for path in runs}
-    found = {path: series(log) for path, log in logs.items()}
+    found = {path: series(read_log(path)) for path in runs}
     panels = [panel for panel in PANELS if any(curves[panel] for curves in found.values())]
     drawn, axes = figure(panels)
     for axis, panel in zip(axes, panels):
         for color, (path, curves) in zip(itertools.cycle(COLORS), found.items()):
-            for number, (minutes, values, style) in enumerate(curves[panel]):
-                marked = "o" in style
-                axis.plot(
-                    minutes,
-                    values,
-                    style,
-                    color=color,
-                    lw=1.3,
-                    ms=3.5,
-                    alpha=1.0 if marked or panel != "loss" else 0.55,
-                    label=path.name if number == 0 and len(found) > 1 else None,
-                )
-        axis.set(xlabel="training time (minutes)", title=PANELS[panel])
-        axis.title.set_fontsize(10)
+            for number, (points, style) in enumerate(curves[panel]):
+                alpha = 1.0 if "o" in style or panel != "loss" else 0.55
+                label = path.name if number == 0 and len(found) > 1 else None
+                axis.plot(*zip(*points), style, color=color, lw=1.3, ms=3.5, alpha=alpha, label=label)
+        axis.set_xlabel("training time (minutes)")
+        axis.set_title(PANELS[panel], fontsize=10)
     if len(found) > 1:
         axes[0].legend(frameon=False, fontsize=8)
     drawn.savefig(out)
-    pyplot.close(drawn)
+    drawn.clear()
+
+
+def draw_curves(run: Path) -> None:
+    """curves.png beside a run's log; a picture that cannot be drawn ends nothing."""
+    try:
+        draw([run], run / "curves.png")
+    except Exception as error:  # no matplotlib, a line cut in half by a kill, a font that is missing
+        print(f"no curves.png ({type(error).__name__}: {error}): try python records/plot.py {run}")
 
 
 def main() -> None:

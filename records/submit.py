@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from records.logs import read_log
+
 from dataloading import InputError
 from records.leaderboard import draw_runs
-from records.logs import read_log
 from records.verify import RECORDS, Record, check_record, measure, paired_logs, read_records, read_tracks
 
 PAGE = """# {name}

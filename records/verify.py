@@ -25,9 +25,10 @@ from pathlib import Path
 from scipy.stats import ttest_1samp, ttest_ind
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from records.logs import Log, read_log
+
 from dataloading import InputError, sha256_of
 from model import KBERTConfig
-from records.logs import Log, read_log
 from trainer import Work
 
 RECORDS = Path(__file__).resolve().parent

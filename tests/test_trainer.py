@@ -11,99 +11,34 @@ import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SPECIALS, run_python, sentences, write_documents
-from hub_stand_in import Hub
+import yaml
 from test_model import tiny
 
 import trainer
-from dataloading import InputError, Loader, read_manifest
+from conftest import GOLDEN, ROOT, SPECIALS, flags, lines, losses, run_python, sentences, write_documents
+from dataloading import InputError, Loader, frozen_mask, read_manifest
+from hub_stand_in import Hub
 from model import KBERTConfig
+from records.log import LOG_LINE, WHOLE_LAST_LAYER, Work, log_line
 from trainer import (
-    LOG_LINE,
     PRESETS,
     DataConfig,
     TrainConfig,
-    Work,
     batch_factor,
     draw_masks,
-    frozen_mask,
     local_window,
-    log_line,
     lr_factor,
     main,
     make_loss,
+    make_parser,
     mask_rate,
     muon_momentum,
     parse_flags,
-    processes,
 )
-
-TINY = [
-    "--preset",
-    "micro",
-    "--data.max_length",
-    "100",
-    "--data.valid_tokens",
-    "1500",
-    "--train.row_tokens",
-    "256",
-    "--train.batch_tokens",
-    "1536",
-    "--train.steps",
-    "20",
-    "--train.valid_every",
-    "10",
-    "--train.save_every",
-    "10",
-    "--train.keep_checkpoints",
-    "9",
-    "--train.compile",
-    "false",
-    "--model.num_hidden_layers",
-    "2",
-    "--model.hidden_size",
-    "64",
-    "--model.num_attention_heads",
-    "2",
-    "--model.intermediate_size",
-    "64",
-    "--model.local_attention_window",
-    "16",
-    "--train.muon_lr",
-    "0.03",
-    "--train.embed_lr",
-    "0.02",
-    "--train.lr_warmup",
-    "0.2",
-    "--train.lr_decay",
-    "0.5",
-]
-
-
-def flags(corpus: Path, out: Path, name: str, *more: str) -> list[str]:
-    return [*TINY, "--data.dir", str(corpus), "--train.out", str(out), "--train.run_name", name, *map(str, more)]
-
-
-def lines(run: Path) -> list[dict]:
-    return [match.groupdict() for line in (run / "log.txt").read_text().splitlines() if (match := LOG_LINE.match(line))]
-
-
-def losses(run: Path, kind: str) -> dict[int, float]:
-    return {int(line["step"]): float(line[kind]) for line in lines(run) if line[kind]}
-
-
-@pytest.fixture(scope="session")
-def finished(corpus, tmp_path_factory) -> Path:
-    """A run of 20 steps with a checkpoint at 10."""
-    out = tmp_path_factory.mktemp("runs")
-    main(flags(corpus, out, "finished"))
-    return out / "finished"
-
 
 # --- schedules and flags
 
@@ -134,35 +69,58 @@ def test_other_schedules():
     assert local_window(0, TrainConfig(), 128) == 128
 
 
+def settings_of(*argv: str) -> dict:
+    parser = make_parser("", {"data": DataConfig, "train": TrainConfig, "model": KBERTConfig})
+    parser.add_argument("--preset", choices=list(PRESETS), default="base")
+    return parse_flags(parser, list(argv), {"preset": PRESETS})[0]
+
+
 def test_flags_override_the_preset_and_the_preset_the_defaults():
-    groups = {"data": DataConfig, "train": TrainConfig, "model": KBERTConfig}
-    _, values = parse_flags(
-        groups,
-        PRESETS,
-        [
-            "--preset",
-            "micro",
-            "--train.steps",
-            "7",
-            "--train.compile=false",
-            "--train.embed_betas",
-            "0.5,0.9",
-            "--train.max_minutes",
-            "none",
-            "--model.unet_skips",
-            "--train.seed",
-            "1_000",
-        ],
-        "",
-        "base",
-    )
-    assert values["train"]["steps"] == 7 and values["train"]["row_tokens"] == PRESETS["micro"]["train.row_tokens"]
-    assert (
-        values["train"]["compile"] is False
-        and values["train"]["embed_betas"] == (0.5, 0.9)
-        and values["train"]["max_minutes"] is None
-    )
-    assert values["model"]["unet_skips"] is True and values["train"]["seed"] == 1000
+    settings = settings_of("--preset", "micro", "--train.steps", "7")
+    assert settings["preset"] == "micro" and settings["train"]["steps"] == 7
+    assert settings["train"]["row_tokens"] == PRESETS["micro"]["train.row_tokens"]
+    assert settings["train"]["muon_lr"] == TrainConfig.muon_lr and settings["model"]["num_hidden_layers"] == 4
+    assert settings_of()["data"] == vars(DataConfig()) and settings_of()["preset"] == "base"
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("--train.compile=false", False),
+        ("--train.compile False", False),
+        ("--train.compile", True),
+        ("--train.embed_betas 0.5,0.9", (0.5, 0.9)),
+        ("--train.embed_betas [0.5,0.9]", (0.5, 0.9)),
+        ("--train.max_minutes none", None),
+        ("--train.max_minutes None", None),
+        ("--train.max_minutes 1.5", 1.5),
+        ("--train.seed 1_000", 1000),
+        ("--train.steps=1_000_000", 1_000_000),
+        ("--train.row_tokens none", None),
+        ("--train.adam_eps 1e-4", 1e-4),
+        ("--train.run_name none", None),
+        ("--train.run_name 2026-11-25", "2026-11-25"),
+        ("--train.run_name 007", "007"),
+        ("--train.out 1,2", "1,2"),
+        ("--train.lr_schedule cosine", "cosine"),
+        ("--data.dir 12", "12"),
+        ("--model.unet_skips", True),
+        ("--model.value_residual=false", False),
+        ("--model.frequency_base 1_000", 1000.0),
+    ],
+)
+def test_every_spelling_of_a_value(flag, value):
+    group, name = flag.split()[0].split("=")[0].removeprefix("--").split(".")
+    found = settings_of(*flag.split())[group][name]
+    assert found == value and type(found) is type(value)
+
+
+def test_a_run_leaves_the_config_that_repeats_it(corpus, finished, tmp_path):
+    again = ["--config", str(finished / "config.yaml"), "--train.out", str(tmp_path), "--train.run_name", "again"]
+    main(again)
+    assert losses(tmp_path / "again", "train_loss") == losses(finished, "train_loss")
+    first, second = (yaml.safe_load((run / "config.yaml").read_text()) for run in (finished, tmp_path / "again"))
+    assert first["train"].pop("out") != second["train"].pop("out") and first == second
 
 
 @pytest.mark.parametrize(
@@ -175,12 +133,22 @@ def test_flags_override_the_preset_and_the_preset_the_defaults():
         ["--train.embed_betas", "0.9"],
         ["--train.steps", "many"],
         ["--model.vocab_size", "9"],
+        ["--config", "nowhere.yaml"],
+        # Out of range
+        ["--train.grad_accum", "0"],
+        ["--train.max_minutes", "-1"],
+        ["--train.lr_warmup", "2"],
+        ["--train.mask_rate_end", "0"],
+        ["--train.muon_polar_steps", "6"],
+        ["--train.valid_every", "-1"],
+        ["--data.valid_tokens", "0"],
     ],
 )
-def test_flags_that_mean_nothing_are_refused(bad, capsys):
+def test_flags_that_mean_nothing_are_refused_in_one_line(bad, capsys):
     with pytest.raises(SystemExit) as stop:
         main(bad)
-    assert stop.value.code == 2 and "error:" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and bad[0] in said
 
 
 def test_help_names_units_and_defaults(capsys):
@@ -213,20 +181,20 @@ def test_flops_count_what_is_attended_to():
     work.add(lengths[:2], 4, 16)
     work.add(lengths[2:], 6, 16)
     whole = 3 * (matrices + attention + 2 * 10 * 64 * 100)
-    assert work.training_flops(config, whole_last_layer=True) == whole
+    assert work.training_flops(config, WHOLE_LAST_LAYER) == whole
     assert work.training_flops(config) == whole - 3 * 2 * (lengths.sum() - 10) * sum(
         r * c for r, c in [(64, 64), (256, 64), (64, 128)]
     )
 
 
 def test_log_lines_match_the_one_expression():
-    line = log_line(120, 4000, 61.234, 123456, 1.5e12, 0.4567, train_loss=4.1234)
+    line = log_line(120, 4000, 61.234, train_loss=4.1234, tokens=123456, flops=1.5e12, mfu=0.4567)
     assert (
         line
         == "step:120/4000 train_loss:4.1234 train_time:61234ms step_avg:510.28ms tokens:123456 flops:1.500000e+12 mfu:0.4567"
     )
     assert LOG_LINE.match(line)["train_loss"] == "4.1234" and LOG_LINE.match(line)["val_loss"] is None
-    assert LOG_LINE.match(log_line(0, None, 0.0, 0, 0.0, 0.0, val_loss=9.0))["steps"] == "-"
+    assert LOG_LINE.match(log_line(0, None, 0.0, val_loss=9.0, tokens=0, flops=0.0, mfu=0.0))["steps"] == "-"
 
 
 # --- masks
@@ -239,21 +207,21 @@ def rows_of(corpus, count, split="train", **keywords):
 
 def test_masks_take_text_only_and_do_not_depend_on_ranks(corpus):
     for row in rows_of(corpus, 5):
-        ids, masked, targets = draw_masks(row, 64, seed=1, mask_id=SPECIALS["mask"])
+        ids, _, _, masked, targets = draw_masks(row, 64, seed=1, mask_id=SPECIALS["mask"])
         assert len(masked) == len(set(masked.tolist())) == 64 and row.text[masked].all()
         assert (ids[masked] == SPECIALS["mask"]).all() and torch.equal(targets, row.input_ids[masked].long())
         kept = torch.ones(256, dtype=torch.bool).index_fill(0, masked, False)
         assert torch.equal(ids[kept], row.input_ids[kept])
     other = [rows_of(corpus, 3, rank=rank, world_size=2) for rank in (0, 1)]
     for row, twin in zip(rows_of(corpus, 6), [row for pair in zip(*other) for row in pair]):
-        assert torch.equal(draw_masks(row, 64, 1, 3)[1], draw_masks(twin, 64, 1, 3)[1])
-    assert not torch.equal(draw_masks(row, 64, 1, 3)[1], draw_masks(row, 64, 2, 3)[1])
+        assert torch.equal(draw_masks(row, 64, 1, 3)[3], draw_masks(twin, 64, 1, 3)[3])
+    assert not torch.equal(draw_masks(row, 64, 1, 3)[3], draw_masks(row, 64, 2, 3)[3])
 
 
 def test_a_row_with_little_text_masks_what_it_has(tmp_path):
     path = write_documents(tmp_path, {"train": [[[5, 6, 7]]]})
     (row,) = rows_of(path, 1)
-    ids, masked, targets = draw_masks(row, 16, seed=1, mask_id=3)
+    ids, _, _, _, targets = draw_masks(row, 16, seed=1, mask_id=3)
     assert sorted(targets.tolist())[-3:] == [5, 6, 7] and (targets == -100).sum() == 13
     assert (ids == SPECIALS["cls"]).sum() == 1 and (ids == SPECIALS["sep"]).sum() == 1 and (ids == 3).sum() == 3
 
@@ -291,30 +259,6 @@ def test_one_graph_serves_every_row_and_masking_rate(corpus, monkeypatch):
 # --- the run
 
 
-GOLDEN = [
-    4.2210,
-    4.2052,
-    4.1848,
-    4.1708,
-    4.2022,
-    4.2112,
-    4.1475,
-    4.1677,
-    4.1625,
-    4.1067,
-    4.0723,
-    4.0585,
-    3.9508,
-    3.8796,
-    3.6894,
-    3.5609,
-    3.3785,
-    3.2478,
-    3.1186,
-    3.0046,
-]
-
-
 def test_golden_losses(finished):
     """A change here is a change of the training itself: say why in the commit. CPUs with and without AMX differ by 0.010."""
     assert list(losses(finished, "train_loss").values()) == pytest.approx(GOLDEN, abs=0.02)
@@ -328,7 +272,7 @@ def test_a_run_learns_and_leaves_what_it_says(finished):
     assert {path.name for path in finished.iterdir()} == {
         "log.txt",
         "metrics.jsonl",
-        "config.json",
+        "config.yaml",
         "curves.png",
         "checkpoints",
         "model",
@@ -561,9 +505,6 @@ def test_no_data_says_which_command_brings_some(tmp_path):
         (["--train.row_tokens", "200"], "not a multiple of 128: try 128"),
         (["--data.max_length", "300"], "longer than a row"),
         (["--model.num_attention_heads", "5"], "must divide hidden_size"),
-        (["--train.mask_rate_end", "0"], "masking rate of 0"),
-        (["--train.lr_warmup", "2"], "give a fraction"),
-        (["--train.muon_polar_steps", "6"], "between 1 and 5"),
         (["--train.resume", "nowhere"], "is not a checkpoint"),
     ],
 )
@@ -576,7 +517,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="start again with --nproc_per_node=1"), processes():
+    with pytest.raises(InputError, match="start again with --nproc_per_node=1"), trainer.join_processes():
         pass
 
 
