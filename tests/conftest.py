@@ -156,8 +156,9 @@ def as_flags(settings: dict) -> list[str]:
 
 
 def flags(corpus: Path, out: Path, name: str, *more: object) -> list[str]:
+    """Of a run of TINY. more: further flags, several in one text or each by itself."""
     where = {"data.dir": corpus, "train.out": out, "train.run_name": name}
-    return [*as_flags(TINY | TINY_SHAPE | where), *map(str, more)]
+    return [*as_flags(TINY | TINY_SHAPE | where), *" ".join(map(str, more)).split()]
 
 
 def lines(run: Path) -> list[dict]:

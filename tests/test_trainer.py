@@ -1,4 +1,4 @@
-"""The run: schedules, counting, masks; the same training on any number of ranks, stopped or not; what bad input is told."""
+"""The run: schedules, counting, masks; the same training on any number of ranks, stopped or not; bad input."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,12 +19,14 @@ import torch
 import yaml
 from test_model import tiny
 
+import records.log
+import records.plot
 import trainer
 from conftest import GOLDEN, ROOT, SPECIALS, flags, lines, losses, run_python, sentences, write_documents
 from dataloading import InputError, Loader, frozen_mask, read_manifest
 from hub_stand_in import Hub
 from model import KBERTConfig
-from records.log import LOG_LINE, WHOLE_LAST_LAYER, Work, log_line
+from records.log import LOG_LINE, WHOLE_LAST_LAYER, Work, log_line, peak_flops, read_log
 from trainer import (
     PRESETS,
     DataConfig,
@@ -40,6 +43,8 @@ from trainer import (
     parse_flags,
 )
 
+ALONE = trainer.Process(0, 1, torch.device("cpu"))
+
 # --- schedules and flags
 
 
@@ -55,6 +60,12 @@ def test_learning_rate_shapes():
     assert shape(0.75, lr_decay_shape="sqrt", **common) == pytest.approx(0.1 + 0.9 * (1 - math.sqrt(0.5)))
     assert shape(0.55, lr_schedule="one_cycle", **common) == pytest.approx(0.55)
     assert shape(0.55, lr_schedule="cosine", **common) == pytest.approx(0.55)
+
+
+def test_a_warm_up_may_last_the_whole_run():
+    for schedule in ("trapezoid", "one_cycle", "cosine"):
+        c = TrainConfig(lr_schedule=schedule, lr_warmup=1.0)
+        assert lr_factor(0.5, c) == 0.5 and 0 <= lr_factor(1.0, c) <= 1
 
 
 def test_other_schedules():
@@ -189,10 +200,8 @@ def test_flops_count_what_is_attended_to():
 
 def test_log_lines_match_the_one_expression():
     line = log_line(120, 4000, 61.234, train_loss=4.1234, tokens=123456, flops=1.5e12, mfu=0.4567)
-    assert (
-        line
-        == "step:120/4000 train_loss:4.1234 train_time:61234ms step_avg:510.28ms tokens:123456 flops:1.500000e+12 mfu:0.4567"
-    )
+    speed = "train_time:61234ms step_avg:510.28ms tokens:123456 flops:1.500000e+12 mfu:0.4567"
+    assert line == f"step:120/4000 train_loss:4.1234 {speed}"
     assert LOG_LINE.match(line)["train_loss"] == "4.1234" and LOG_LINE.match(line)["val_loss"] is None
     assert LOG_LINE.match(log_line(0, None, 0.0, val_loss=9.0, tokens=0, flops=0.0, mfu=0.0))["steps"] == "-"
 
@@ -256,11 +265,27 @@ def test_one_graph_serves_every_row_and_masking_rate(corpus, monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_many_windows_are_compiled_and_too_many_are_an_error(corpus, monkeypatch):
+    """A window beyond the compiler's limit would run eagerly, and write out T x T scores on a GPU."""
+    model = tiny(vocab_size=64, hidden_size=128, num_attention_heads=2)
+    row = next(iter(Loader(corpus, read_manifest(corpus), "train", 1024, 100, seed=1)))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    loss_of, masked_row = make_loss(model, compiled=True), draw_masks(row, 64, 1, 3)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        for window in range(16, 26 * 16, 16):
+            loss_of(*masked_row, max_seqlen=100, window=window)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 25
+        with torch._dynamo.config.patch(recompile_limit=25), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            loss_of(*masked_row, max_seqlen=100, window=1000)
+
+
 # --- the run
 
 
 def test_golden_losses(finished):
-    """A change here is a change of the training itself: say why in the commit. CPUs with and without AMX differ by 0.010."""
+    """A change here is a change of the training itself: say why in the commit."""
     assert list(losses(finished, "train_loss").values()) == pytest.approx(GOLDEN, abs=0.02)
 
 
@@ -331,6 +356,51 @@ def test_a_resumed_run_is_bit_identical_to_one_never_stopped(corpus, finished, t
     for file in ("model/model.safetensors", "checkpoints/step-000020/optimizer.safetensors"):
         assert (tmp_path / "killed" / file).read_bytes() == (finished / file).read_bytes()
     assert losses(tmp_path / "killed", "train_loss") == losses(finished, "train_loss")
+
+
+def test_checkpoints_ahead_of_the_one_resumed_are_set_aside(corpus, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "back")
+    saved = tmp_path / "back" / "checkpoints"
+    shutil.copytree(saved / "step-000020", saved / "step-000030")
+    back = [
+        "--train.resume",
+        saved / "step-000010",
+        "--train.steps 14 --train.save_every 14 --train.keep_checkpoints 2",
+    ]
+    main(flags(corpus, tmp_path, "back", *back))
+    assert sorted(path.name for path in saved.iterdir()) == ["step-000010", "step-000014"]
+    aside = tmp_path / "back" / "abandoned"
+    assert sorted(path.name for path in aside.iterdir()) == ["step-000020", "step-000030"]
+    assert str(aside / "step-000020") in capsys.readouterr().out
+    assert trainer.find_checkpoint("auto", tmp_path, "back").name == "step-000014"
+
+
+def test_the_code_in_the_log_is_what_ran(corpus, tmp_path, monkeypatch):
+    """Also when a module is edited while the run compiles."""
+    for name in trainer.MODULES:
+        (tmp_path / "code" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "code" / name)
+    monkeypatch.setattr(records.log, "ROOT", tmp_path / "code")
+    monkeypatch.setattr(trainer, "warm_up", lambda *_: (tmp_path / "code" / "model.py").write_text("edited = True\n"))
+    main(flags(corpus, tmp_path, "edited", "--train.steps 1 --train.save_every 0"))
+    assert read_log(tmp_path / "edited").code["model.py"] == (ROOT / "model.py").read_text()
+
+
+def test_a_plot_that_fails_ends_nothing(corpus, tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(records.plot, "draw", broken)
+    main(flags(corpus, tmp_path, "plain", "--train.steps 1 --train.save_every 0"))
+    said = capsys.readouterr().out
+    assert "model FLOPs" in said and "no curves.png (RuntimeError: no font)" in said
+
+
+def test_sigterm_waits_for_uploads(tmp_path, capsys):
+    waited = []
+    hub = types.SimpleNamespace(finish=lambda: waited.append(True))
+    run = types.SimpleNamespace(process=ALONE, hub=hub, step=7, folder=tmp_path)
+    assert not trainer.Run.stop(run)["finished"] and waited and "--train.resume auto" in capsys.readouterr().out
 
 
 def test_sigterm_saves_and_exits(corpus, tmp_path):
@@ -424,21 +494,14 @@ def test_a_run_pushes_model_and_checkpoints(corpus, word_tokenizer, tmp_path):
     )
     shutil.copytree(word_tokenizer, data / "tokenizer")
     with Hub() as hub:
-        result = run_python(
-            "trainer.py",
-            *flags(data, tmp_path, "pushed", "--train.hf_model_name", "me/tiny"),
-            env=hub.environment(tmp_path),
-        )
+        arguments = flags(data, tmp_path, "pushed", "--train.hf_model_name me/tiny")
+        result = run_python("trainer.py", *arguments, env=hub.environment(tmp_path))
         assert result.returncode == 0, result.stderr
-        assert {"model.safetensors", "config.json", "model.py", "tokenizer.json", "README.md"} <= set(
-            hub.files("model", "me/tiny", "main")
-        )
+        pushed = hub.files("model", "me/tiny", "main")
+        assert {"model.safetensors", "config.json", "model.py", "tokenizer.json", "README.md"} <= set(pushed)
         for branch in ("step-000010", "step-000020"):
             assert "model.safetensors" in hub.files("model", "me/tiny", branch)
-        assert (
-            hub.files("model", "me/tiny", "main")["model.safetensors"]
-            == (tmp_path / "pushed" / "model" / "model.safetensors").read_bytes()
-        )
+        assert pushed["model.safetensors"] == (tmp_path / "pushed" / "model" / "model.safetensors").read_bytes()
         code = (
             "import sys; from transformers import pipeline; "
             "print(len(pipeline('fill-mask', 'me/tiny', trust_remote_code=True)('the cat [MASK] on')))"
@@ -450,11 +513,9 @@ def test_a_run_pushes_model_and_checkpoints(corpus, word_tokenizer, tmp_path):
 def test_a_failing_hub_never_stops_a_run(corpus, tmp_path):
     with Hub() as hub:
         hub.broken = "commit"
-        result = run_python(
-            "trainer.py",
-            *flags(corpus, tmp_path, "unpushed", "--train.hf_model_name", "me/tiny"),
-            env={**hub.environment(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "2"},
-        )
+        arguments = flags(corpus, tmp_path, "unpushed", "--train.hf_model_name me/tiny")
+        environment = {**hub.environment(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
+        result = run_python("trainer.py", *arguments, env=environment)
     assert result.returncode == 0, result.stderr
     assert "hf upload me/tiny" in result.stdout and (tmp_path / "unpushed" / "model" / "model.safetensors").exists()
     assert (tmp_path / "unpushed" / "to_push" / "step-000010" / "model.safetensors").exists()
@@ -470,11 +531,7 @@ def test_wandb_is_imported_only_when_asked_for(corpus, tmp_path, monkeypatch):
         log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("finished")
     )
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **keywords: run))
-    main(
-        flags(
-            corpus, tmp_path, "reported", "--train.wandb_project", "p", "--train.steps", "2", "--train.save_every", "0"
-        )
-    )
+    main(flags(corpus, tmp_path, "reported", "--train.wandb_project p --train.steps 2 --train.save_every 0"))
     assert [step for step, _ in logged[:-1]] == [0, 1, 2, 2] and "val_loss" in logged[0][1] and logged[-1] == "finished"
 
 
@@ -484,11 +541,8 @@ def test_wandb_is_imported_only_when_asked_for(corpus, tmp_path, monkeypatch):
 def failure(corpus, tmp_path, *more, processes=1, env=None) -> str:
     result = run_python("trainer.py", *flags(corpus, tmp_path, "bad", *more), processes=processes, env=env, timeout=120)
     assert result.returncode != 0
-    said = [
-        line[line.index("error: ") :]
-        for line in result.stderr.splitlines()
-        if "error: " in line and "ERROR" not in line
-    ]
+    found = [line for line in result.stderr.splitlines() if "error: " in line and "ERROR" not in line]
+    said = [line[line.index("error: ") :] for line in found]
     assert len(said) == processes or processes > 1 and said, result.stderr
     assert "Traceback" not in result.stderr.split("torch/distributed")[0]
     return said[0]
@@ -521,6 +575,75 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         pass
 
 
+@pytest.mark.parametrize(
+    "name, peak", [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA RTX A1000", None)]
+)
+def test_a_gpu_is_known_by_its_whole_name(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(records.log, "measured_flops", lambda device: None)
+    assert peak_flops(torch.device("cuda")) == peak
+
+
+RANKS = """
+import trainer
+
+class Missing(trainer.InputError):
+    pass
+
+def missing():
+    raise Missing("gone")
+
+with trainer.join_processes() as process:
+    for work in (missing, lambda: 1 / 0, lambda: "nothing"):
+        try:
+            said = process.on_main(work)
+        except Exception as error:
+            said = type(error).__name__
+        print(f"{said}\\n", end="", flush=True)  # in one piece: the other rank writes too
+"""
+
+
+def test_ranks_share_what_rank_0_finds_out(tmp_path):
+    """The exception itself, of whatever class; and a defect on rank 0 does not leave the others waiting."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    result = run_python(tmp_path / "ranks.py", processes=2, timeout=60)
+    assert result.returncode == 0, result.stderr
+    expected = ["InputError", "Missing", "Missing", "ZeroDivisionError", "nothing", "nothing"]
+    assert sorted(result.stdout.split()) == expected
+
+
+MEMORY = """
+import os, sys, torch, trainer
+
+def too_large(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+if os.environ["RANK"] == "1":
+    trainer.warm_up = too_large
+try:
+    trainer.main(sys.argv[1:])
+except trainer.InputError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def test_a_row_that_does_not_fit_on_one_rank_ends_all(corpus, tmp_path):
+    (tmp_path / "memory.py").write_text(MEMORY)
+    result = run_python(tmp_path / "memory.py", *flags(corpus, tmp_path, "big"), processes=2, timeout=60)
+    assert result.returncode != 0 and "do not fit into this GPU's memory" in result.stderr
+    assert "Traceback" not in result.stderr.split("torch/distributed")[0]
+
+
+def test_the_sample_is_found_from_any_folder(tmp_path, monkeypatch):
+    sample = tmp_path / "checkout" / "data" / "sample"
+    sample.mkdir(parents=True)
+    (sample / "manifest.json").write_text("{}")
+    monkeypatch.setattr(trainer, "ROOT", tmp_path / "checkout")
+    monkeypatch.chdir(tmp_path)
+    assert trainer.locate_data("data/sample", ALONE) == sample
+    assert trainer.locate_data("data/mine", ALONE) == Path("data/mine")
+
+
 def test_a_token_beyond_the_vocabulary_reaches_every_rank(tmp_path):
     path = write_documents(tmp_path / "data", {"train": [sentences(1, 50, vocab_size=90)], "valid": [sentences(2, 20)]})
     assert "beyond the vocabulary of 64" in failure(path, tmp_path, processes=2)
@@ -533,27 +656,17 @@ def test_a_run_is_never_overwritten(corpus, finished):
 
 def test_a_checkpoint_of_other_settings_is_refused(corpus, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "other")
+    checkpoint = tmp_path / "other" / "checkpoints" / "step-000010"
     with pytest.raises(InputError, match=r"other settings \(model\)"):
-        main(
-            flags(
-                corpus,
-                tmp_path,
-                "other",
-                "--train.resume",
-                tmp_path / "other" / "checkpoints" / "step-000010",
-                "--model.hidden_size",
-                "128",
-            )
-        )
+        main(flags(corpus, tmp_path, "other", "--train.resume", checkpoint, "--model.hidden_size 128"))
 
 
 def test_no_hub_token_is_said_before_training(corpus, tmp_path):
     with Hub() as hub:
         environment = {**hub.environment(tmp_path), "HF_TOKEN": ""}
         hub.broken = "whoami"
-        assert "hf auth login" in failure(
-            corpus, tmp_path, "--train.hf_model_name", "me/tiny", processes=2, env=environment
-        )
+        said = failure(corpus, tmp_path, "--train.hf_model_name me/tiny", processes=2, env=environment)
+        assert "hf auth login" in said
     assert not list(tmp_path.glob("bad/checkpoints/*"))
 
 
@@ -565,21 +678,13 @@ def test_a_place_that_cannot_be_written_is_named(corpus, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(corpus, tmp_path):
     from safetensors.torch import load_file
 
-    hot = [
-        "--train.embed_lr",
-        "1e38",
-        "--train.muon_lr",
-        "1e38",
-        "--train.lr_warmup",
-        "0.5",
-        "--train.valid_every",
-        "0",
-    ]
+    hot = "--train.embed_lr 1e38 --train.muon_lr 1e38 --train.lr_warmup 0.5 --train.valid_every"
     with pytest.raises(InputError, match=r"the loss of step \d+ is (nan|inf), .*rows \["):
-        main(flags(corpus, tmp_path, "hot", *hot, "--train.save_every", "0"))
+        main(flags(corpus, tmp_path, "hot", hot, 0, "--train.save_every 0"))
+    # Weights that a step has spoilt, found at a validation and at a checkpoint, before the next step's loss tells
+    with pytest.raises(InputError, match=r"the validation loss after step \d+ is nan: no checkpoint"):
+        main(flags(corpus, tmp_path, "judged", hot, 1, "--train.save_every 0"))
     with pytest.raises(InputError, match=r"the weights after step \d+ are not finite"):
-        main(flags(corpus, tmp_path, "saved", *hot, "--train.save_every", "1"))
-    checkpoints = list((tmp_path / "saved" / "checkpoints").iterdir())
-    assert checkpoints and all(
-        torch.isfinite(t).all() for c in checkpoints for t in load_file(c / "model.safetensors").values()
-    )
+        main(flags(corpus, tmp_path, "saved", hot, 0, "--train.save_every 1"))
+    weights = [load_file(path) for path in tmp_path.glob("saved/checkpoints/*/model.safetensors")]
+    assert weights and all(torch.isfinite(tensor).all() for named in weights for tensor in named.values())
