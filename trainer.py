@@ -27,11 +27,13 @@ import shlex
 import shutil
 import signal
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -126,7 +128,9 @@ class TrainConfig:
         None, "runs declared for a record (records/README.md), of seeds 1, 2, ..."
     )
     seed: int = option(1, "of initial weights, order of data and masks")
-    compile: bool = option(True, "torch.compile; without a C++ compiler a CPU run falls back to eager")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to train; auto: on GPUs where there are any")
+    compile: bool = option(True, "torch.compile; where that cannot work, a run says so and is eager")
+    timeout_minutes: PositiveFloat = option(10.0, "minutes that ranks wait for each other before they give up")
     hf_model_name: str | None = option(None, "USER/NAME on the Hub: checkpoints as branches, the model as main")
     wandb_project: str | None = option(None, "Weights & Biases project to report to (needs `pip install wandb`)")
 
@@ -346,33 +350,53 @@ def broadcast(*values: object) -> list:
 
 
 @contextlib.contextmanager
-def join_processes() -> Iterator[Process]:
-    """Joins torchrun's process group, if there is one: NCCL between GPUs, gloo between CPUs and for small talk."""
+def join_processes(device: str = "auto", timeout_minutes: float = 10) -> Iterator[Process]:
+    """Joins torchrun's process group, if there is one: NCCL between GPUs, gloo between CPUs and for small talk.
+
+    The group is left after a clean end only: a rank that fails exits at once, and torchrun ends those that wait for it.
+    """
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     rank, world_size, local_rank, local_world_size = (int(os.environ.get(name, names[name])) for name in names)
-    if torch.cuda.is_available():
+    if choose_cuda(device):
         gpus = torch.cuda.device_count()
         if local_world_size > gpus:
             raise InputError(
                 f"--nproc_per_node={local_world_size} asks for more GPUs than the {gpus} of this machine: "
                 f"start again with --nproc_per_node={gpus}"
             )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+        place = torch.device("cuda", local_rank)
+        torch.cuda.set_device(place)
     else:
-        device = torch.device("cpu")
+        place = torch.device("cpu")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(
             max(1, cores // local_world_size)
         )  # torchrun sets OMP_NUM_THREADS=1 for several processes
         keep_freed_memory()
     if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Process(rank, world_size, device)
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        dist.all_reduce(torch.zeros(1, device=place))  # NCCL takes its memory now, before a row is tried for size
+    yield Process(rank, world_size, place)
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def choose_cuda(device: str) -> bool:
+    """Whether to run on GPUs. Raises InputError where there is one that this torch cannot use."""
+    if device == "cpu":
+        return False
+    if torch.cuda.is_available():
+        return True
+    driver = Path("/proc/driver/nvidia/version")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if device == "cuda" or (driver.exists() and not hidden):
+        known = driver.read_text().splitlines()[0] if driver.exists() else "no NVIDIA driver"
+        raise InputError(
+            f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU that it can use ({known}): update the "
+            "driver, install a torch built for it, or train on the CPU with --train.device cpu"
+        )
+    return False
 
 
 def keep_freed_memory() -> None:
@@ -383,11 +407,24 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def can_compile(device: torch.device) -> bool:
-    """torch.compile needs a C++ compiler on a CPU."""
-    named = [os.environ.get("CXX")]
-    usual = ["cl"] if sys.platform == "win32" else ["g++", "clang++", "c++"]
-    return device.type == "cuda" or any(shutil.which(name) for name in named + usual if name)
+def why_eager(device: torch.device) -> str | None:
+    """What keeps torch.compile from working on this device, and what mends it; None where nothing does."""
+    cuda = device.type == "cuda"
+    if cuda and torch.cuda.get_device_capability(device) < (8, 0):
+        return "GPUs before Ampere have no bf16, so that all runs in fp32"
+    usual = ["cl"] if sys.platform == "win32" else ["gcc", "clang", "cc"] if cuda else ["g++", "clang++", "c++"]
+    chosen = os.environ.get("CC" if cuda else "CXX")
+    if not any(shutil.which(name) for name in [chosen, *usual] if name):
+        return f"no C{'' if cuda else '++'} compiler found: install {'gcc' if cuda else 'g++'}"
+    if cuda and not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "no Python.h found, which Triton needs: install python3-dev"
+    return None
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Of activations in training."""
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.float32 if old else torch.bfloat16
 
 
 def compile_each_shape(function: Callable) -> Callable:
@@ -693,7 +730,9 @@ class Run:
 
     def open_folder(self) -> None:
         """Where the run lives, which checkpoint it continues, and where else it reports to."""
-        self.checkpoint, self.folder = self.process.on_main(self.claim_folder)
+        self.checkpoint, self.folder, self.saved = self.process.on_main(self.claim_folder)
+        if self.saved and self.train.row_tokens is None:  # what fits may differ here: the rows must not
+            self.train.row_tokens = self.saved["identity"]["row_tokens"]
         self.wandb = None
         if self.train.wandb_project:
             try:
@@ -705,7 +744,8 @@ class Run:
         if self.hub:
             self.process.on_main(self.hub.check)
 
-    def claim_folder(self) -> tuple[Path | None, Path]:
+    def claim_folder(self) -> tuple[Path | None, Path, dict | None]:
+        """The checkpoint to resume, the run's folder, and what the checkpoint's state.json says."""
         train, out = self.train, Path(self.train.out)
         checkpoint = find_checkpoint(train.resume, out, train.run_name) if train.resume else None
         folder = out / (train.run_name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{self.preset}")
@@ -720,7 +760,7 @@ class Run:
             )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "log.txt").touch()  # says now, not in an hour, that this place cannot be written
-        return checkpoint, folder
+        return checkpoint, folder, json.loads((checkpoint / "state.json").read_text()) if checkpoint else None
 
     def build_model(self) -> None:
         """Compiles, and measures what fits."""
@@ -729,11 +769,12 @@ class Run:
         torch.set_float32_matmul_precision("high")
         self.config = model_config(self.manifest["tokenizer"], self.data.max_length, self.model_values)
         self.model = KBERTForMaskedLM(self.config).to(process.device)
-        self.model.encoder.compute_dtype = torch.bfloat16
+        self.model.encoder.compute_dtype = compute_dtype(process.device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.compiled = train.compile and can_compile(process.device)
-        if train.compile and not self.compiled and process.is_main:
-            print("no C++ compiler found: running eagerly, several times slower (install g++ or clang to compile)")
+        obstacle = why_eager(process.device)
+        self.compiled = train.compile and obstacle is None
+        if train.compile and obstacle and process.is_main:
+            print(f"running eagerly, several times slower: {obstacle}")
         self.optimizer = make_optimizer(self.model, train, process, self.compiled)
         self.loss_of = make_loss(self.model, self.compiled)
 
@@ -769,7 +810,7 @@ class Run:
     def load_checkpoint(self) -> None:
         from safetensors.torch import load_file
 
-        state = json.loads((self.checkpoint / "state.json").read_text())
+        state = self.saved
         here = json.loads(json.dumps(self.identity))
         if different := [name for name in here if state["identity"][name] != here[name]]:
             raise InputError(
@@ -981,46 +1022,29 @@ class Run:
 
     # --- the end
 
-    def stop(self) -> dict:
-        """After SIGTERM: the checkpoint is saved."""
-        if self.process.is_main:
-            print(f"stopped at step {self.step}; continue with --train.resume auto")
-            if self.hub:
-                self.hub.finish()
-        return {"run": str(self.folder), "step": self.step, "finished": False}
-
-    def finish(self) -> dict:
-        """Test loss, the model in Hugging Face form, and the result. Returns the result."""
+    def finish(self) -> None:
+        """Test loss, the model in Hugging Face form, and the result."""
         has_test = any(entry["split"] == "test" and entry["tokens"] for entry in self.manifest["shards"].values())
-        test_loss = self.validate(self.validation_loader("test", self.process)) if has_test else None
+        self.test_loss = self.validate(self.validation_loader("test", self.process)) if has_test else None
+        self.process.on_main(self.write_result)
+
+    def write_result(self) -> None:
+        model = self.folder / "model"
+        save_folder(model, self.write_model)
         result = {
             "run": str(self.folder),
             "step": self.step,
             "finished": True,
             "val_loss": self.val_loss,
-            "test_loss": test_loss,
+            "test_loss": self.test_loss,
             "seconds": self.clock.seconds,
             "flops": self.work.training_flops(self.config),
             "flops_counted_by": MASKED_LAST_LAYER,
             "work": dataclasses.asdict(self.work),
             "parameters": self.parameters,
+            "model_sha256": sha256_of(model / "model.safetensors"),
         }
-        self.process.on_main(lambda: self.write_result(result))
-        return result
-
-    def write_result(self, result: dict) -> None:
-        model = self.folder / "model"
-        save_folder(model, self.write_model)
-        self.log.close({**result, "model_sha256": sha256_of(model / "model.safetensors")})
-        self.log.bar.close()
-        if self.hub:
-            self.hub.push(model, "main")
-        self.print_summary(result)
-        if self.hub:
-            self.hub.finish()
-        draw_curves(self.folder)
-        if self.log.wandb_run is not None:
-            self.log.wandb_run.finish()
+        self.log.close(result)
 
     def write_model(self, into: Path) -> None:
         from huggingface_hub import ModelCard, ModelCardData
@@ -1041,13 +1065,30 @@ class Run:
         )
         (into / "README.md").write_text(str(card), encoding="utf-8")
 
-    def print_summary(self, result: dict) -> None:
+    def report(self, finished: bool) -> None:
+        """What rank 0 does when the other ranks are gone: uploads may take long, and keep nobody waiting."""
+        if not self.process.is_main:
+            return
+        self.log.bar.close()
+        if finished:
+            if self.hub:
+                self.hub.push(self.folder / "model", "main")
+            self.print_summary()
+        else:
+            print(f"stopped at step {self.step}; continue with --train.resume auto")
+        if self.hub:
+            self.hub.finish()
+        draw_curves(self.folder)
+        if self.log.wandb_run is not None:
+            self.log.wandb_run.finish()
+
+    def print_summary(self) -> None:
         unigram = self.validation["unigram_loss"]
         print(f"\nvalidation loss  {self.val_loss:.4f}   (unigram frequencies alone: {unigram:.4f}; below: context)")
-        if result["test_loss"] is not None:
-            print(f"test loss        {result['test_loss']:.4f}")
+        if self.test_loss is not None:
+            print(f"test loss        {self.test_loss:.4f}")
         print(f"tokens           {self.work.tokens:,}")
-        print(f"model FLOPs      {result['flops']:.3e}")
+        print(f"model FLOPs      {self.work.training_flops(self.config):.3e}")
         print(f"training time    {self.clock.seconds:.1f} s")
         print(f"log              {self.folder / 'log.txt'}")
         print(f"model            {self.folder / 'model'}")
@@ -1108,9 +1149,13 @@ def main(argv: list[str] | None = None) -> None:
         "--preset", choices=list(PRESETS), default="base", help="named settings that flags override [base]"
     )
     settings, _ = parse_flags(parser, argv, {"preset": PRESETS})
-    with join_processes() as process:
+    train = settings["train"]
+    with join_processes(train["device"], train["timeout_minutes"]) as process:
         run = Run(process, settings, ["trainer.py", *argv], code)
-        run.finish() if run.train_loop() else run.stop()
+        finished = run.train_loop()
+        if finished:
+            run.finish()
+    run.report(finished)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from test_model import tiny
 import records.log
 import records.plot
 import trainer
-from conftest import GOLDEN, ROOT, SPECIALS, flags, lines, losses, run_python, sentences, write_documents
+from conftest import GOLDEN, ROOT, SPECIALS, flags, lines, losses, metrics_of, run_python, sentences, write_documents
 from dataloading import InputError, Loader, frozen_mask, read_manifest
 from hub_stand_in import Hub
 from model import KBERTConfig
@@ -396,11 +396,17 @@ def test_a_plot_that_fails_ends_nothing(corpus, tmp_path, monkeypatch, capsys):
     assert "model FLOPs" in said and "no curves.png (RuntimeError: no font)" in said
 
 
-def test_sigterm_waits_for_uploads(tmp_path, capsys):
-    waited = []
-    hub = types.SimpleNamespace(finish=lambda: waited.append(True))
-    run = types.SimpleNamespace(process=ALONE, hub=hub, step=7, folder=tmp_path)
-    assert not trainer.Run.stop(run)["finished"] and waited and "--train.resume auto" in capsys.readouterr().out
+@pytest.mark.parametrize("finished", [True, False])
+def test_uploads_are_waited_for_when_the_other_ranks_are_gone(tmp_path, capsys, finished):
+    """Also after SIGTERM; a slow Hub must not keep ranks in a collective until that gives up."""
+    done = []
+    hub = types.SimpleNamespace(finish=lambda: done.append("waited"), push=lambda folder, name: done.append(name))
+    log = types.SimpleNamespace(bar=types.SimpleNamespace(close=lambda: None), wandb_run=None)
+    run = types.SimpleNamespace(process=ALONE, hub=hub, log=log, step=7, folder=tmp_path, print_summary=lambda: None)
+    assert not torch.distributed.is_initialized()
+    trainer.Run.report(run, finished)
+    assert done == (["main", "waited"] if finished else ["waited"])
+    assert ("--train.resume auto" in capsys.readouterr().out) != finished
 
 
 def test_sigterm_saves_and_exits(corpus, tmp_path):
@@ -454,19 +460,13 @@ def test_batch_and_window_schedules_run(corpus, tmp_path):
             "8",
         )
     )
-    metrics = [
-        json.loads(line)
-        for line in (tmp_path / "schedules" / "metrics.jsonl").read_text().splitlines()
-        if "train_loss" in line
-    ]
+    metrics = metrics_of(tmp_path / "schedules")
     assert metrics[0]["batch_tokens"] == 512 and metrics[-1]["batch_tokens"] == 1024
     assert metrics[0]["window"] == 64 and metrics[-1]["window"] == 128
 
 
 def test_compiled_and_eager_training_agree(corpus, finished, tmp_path):
-    from trainer import can_compile
-
-    if not can_compile(torch.device("cpu")):
+    if trainer.why_eager(torch.device("cpu")):
         pytest.skip("needs a C++ compiler")
     main(flags(corpus, tmp_path, "compiled", "--train.compile", "true"))
     # Rounding alone is 0.03 after twenty steps; both gradients are as far from those in fp32
@@ -477,7 +477,7 @@ def test_without_a_compiler_it_says_so_once_and_runs(corpus, tmp_path, monkeypat
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     main(flags(corpus, tmp_path, "eager", "--train.compile", "true", "--train.steps", "1"))
-    assert capsys.readouterr().out.count("no C++ compiler found") == 1
+    assert capsys.readouterr().out.count("no C++ compiler found: install g++") == 1
 
 
 # --- the Hub
@@ -576,6 +576,40 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "compiler, header, capability, said",
+    [
+        ("gcc", True, (9, 0), None),
+        (None, True, (9, 0), "no C compiler found: install gcc"),
+        ("gcc", False, (9, 0), "install python3-dev"),
+        ("gcc", True, (7, 5), "fp32"),
+    ],
+)
+def test_what_a_gpu_needs_to_compile(tmp_path, monkeypatch, compiler, header, capability, said):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(trainer.shutil, "which", lambda name: name if name == compiler else None)
+    monkeypatch.setattr(trainer.sysconfig, "get_path", lambda name: str(tmp_path))
+    if header:
+        (tmp_path / "Python.h").touch()
+    gpu = torch.device("cuda")
+    assert trainer.why_eager(gpu) is None if said is None else said in trainer.why_eager(gpu)
+    assert trainer.compute_dtype(gpu) == (torch.float32 if capability < (8, 0) else torch.bfloat16)
+
+
+def test_a_driver_that_torch_cannot_use_is_an_error(monkeypatch):
+    """Eight ranks that train on the CPU without a word would cost hours."""
+    real = Path.exists
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/proc/driver/nvidia/version" or real(path))
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: "NVRM version: 470\n")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(InputError, match="NVRM version: 470.*update the driver.*--train.device cpu"):
+        trainer.choose_cuda("auto")
+    assert not trainer.choose_cuda("cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not trainer.choose_cuda("auto")
+
+
+@pytest.mark.parametrize(
     "name, peak", [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA RTX A1000", None)]
 )
 def test_a_gpu_is_known_by_its_whole_name(name, peak, monkeypatch):
@@ -652,6 +686,14 @@ def test_a_token_beyond_the_vocabulary_reaches_every_rank(tmp_path):
 def test_a_run_is_never_overwritten(corpus, finished):
     with pytest.raises(InputError, match="holds a run already"):
         main(flags(corpus, finished.parent, "finished"))
+
+
+def test_a_resumed_run_keeps_its_rows(corpus, finished, tmp_path):
+    """On another GPU, or beside another process, other rows would fit."""
+    shutil.copytree(finished, tmp_path / "moved")
+    checkpoint = tmp_path / "moved" / "checkpoints" / "step-000010"
+    main(flags(corpus, tmp_path, "moved", "--train.resume", checkpoint, "--train.row_tokens none --train.steps 11"))
+    assert metrics_of(tmp_path / "moved")[-1]["batch_tokens"] == 1536
 
 
 def test_a_checkpoint_of_other_settings_is_refused(corpus, finished, tmp_path):
