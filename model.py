@@ -17,6 +17,7 @@ C tiles of a row, S of them slots.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import torch
@@ -82,16 +83,26 @@ class KBERTConfig(PretrainedConfig):
         }
         kwargs.setdefault("auto_map", auto_map)
         super().__post_init__(**kwargs)
-        if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} must divide hidden_size {self.hidden_size} "
-                "into heads whose width is a multiple of 4: change --model.num_attention_heads"
-            )
-        if self.hidden_size % 64 or self.intermediate_size % 64:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} and intermediate_size {self.intermediate_size} must be multiples of "
-                "64: change --model.hidden_size or --model.intermediate_size"
-            )
+
+        def check(name: str, holds: bool, rule: str) -> None:
+            if not holds:
+                raise ValueError(f"{name} {getattr(self, name)} {rule}: change --model.{name}")
+
+        shape = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+        others = ("global_attention_every", "local_attention_window", "frequency_base", "logit_softcap")
+        for name in shape + others:
+            check(name, getattr(self, name) > 0, "must be positive")
+        check("norm_eps", self.norm_eps >= 0, "must not be negative")
+        check("classifier_dropout", 0 <= self.classifier_dropout <= 1, "must lie between 0 and 1")
+        fits = self.hidden_size % self.num_attention_heads == 0 and self.head_dim % 4 == 0
+        rule = f"must divide hidden_size {self.hidden_size} into heads whose width is a multiple of 4"
+        check("num_attention_heads", fits, rule)
+        for name in ("hidden_size", "intermediate_size"):
+            check(name, getattr(self, name) % 64 == 0, "must be a multiple of 64")
+        # HeadLoss sums exp(logit) in fp32, multiplies that by weights and divides by it: 2^32 are left on either side.
+        largest = math.log(torch.finfo(torch.float32).max / 2**32 / self.padded_vocab_size)
+        rule = f"must be at most {math.floor(largest)}, or the sum of exp(logit) over the vocabulary overflows"
+        check("logit_softcap", self.logit_softcap <= largest, rule)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -317,8 +328,8 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
 class HeadLoss(torch.autograd.Function):
     """Summed cross-entropy behind the tied head: hidden [N, d], weight [V padded, d], targets [N], -100 for none.
 
-    Each logit is read once: softmax goes without subtracting the maximum, which the soft cap bounds, and
-    the gradient is stored before its rows are divided by their sums; in the backward's
+    Each logit is read once: softmax goes without subtracting the maximum, which the soft cap bounds (KBERTConfig checks
+    that fp32 holds the sums), and the gradient is stored before its rows are divided by their sums; in the backward's
     products the hidden states are divided instead.
     """
 

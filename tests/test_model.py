@@ -12,6 +12,7 @@ from conftest import LENGTHS, VOCAB, reference_attention, row_of, tiny
 
 from model import (
     PRESETS,
+    HeadLoss,
     KBERTConfig,
     KBERTForMaskedLM,
     KBERTForQuestionAnswering,
@@ -218,13 +219,52 @@ def test_fill_mask_pipeline_from_a_saved_folder(tmp_path, word_tokenizer):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(num_attention_heads=5), "must divide hidden_size"),
-        (dict(hidden_size=100, num_attention_heads=5), "multiples of 64"),
+        (dict(num_hidden_layers=0), "num_hidden_layers 0 must be positive: change --model.num_hidden_layers"),
+        (dict(hidden_size=-64), "hidden_size -64 must be positive: change --model.hidden_size"),
+        (dict(num_attention_heads=0), "num_attention_heads 0 must be positive: change --model.num_attention_heads"),
+        (dict(intermediate_size=0), "intermediate_size 0 must be positive"),
+        (dict(global_attention_every=0), "global_attention_every 0 must be positive"),
+        (dict(local_attention_window=-128), "local_attention_window -128 must be positive"),
+        (dict(frequency_base=0.0), "frequency_base 0.0 must be positive"),
+        (dict(logit_softcap=float("nan")), "logit_softcap nan must be positive"),
+        (dict(norm_eps=-1e-6), "norm_eps -1e-06 must not be negative"),
+        (dict(classifier_dropout=1.5), "classifier_dropout 1.5 must lie between 0 and 1"),
+        (dict(num_attention_heads=5), "must divide hidden_size 256 into heads .* change --model.num_attention_heads"),
+        (dict(hidden_size=100, num_attention_heads=5), "hidden_size 100 must be a multiple of 64"),
+        (dict(intermediate_size=100), "intermediate_size 100 must be a multiple of 64"),
+        (dict(logit_softcap=100.0), "logit_softcap 100.0 must be at most 55, .* change --model.logit_softcap"),
     ],
 )
-def test_impossible_shapes_are_refused(change, message):
+def test_impossible_values_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         KBERTConfig(**{**PRESETS["micro"], **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [VOCAB, 50_368])
+def test_the_largest_softcap_still_gives_the_right_loss_and_gradients(vocab_size, dtype):
+    """Beyond it a sum of exponentials becomes infinite, or what is divided by it zero."""
+
+    def accepted(cap: int) -> bool:
+        try:
+            return bool(KBERTConfig(vocab_size=vocab_size, logit_softcap=float(cap)))
+        except ValueError:
+            return False
+
+    cap = max(filter(accepted, range(30, 101)))
+    torch.manual_seed(0)
+    hidden = torch.randn(64, 64, dtype=dtype, requires_grad=True)
+    weight = (20 * torch.randn(-(-vocab_size // 128) * 128, 64)).to(dtype).requires_grad_()  # logits far beyond the cap
+    targets = torch.randint(0, vocab_size, (64,)).index_fill(0, torch.tensor([3]), -100)
+    loss = HeadLoss.apply(hidden, weight, targets, cap, vocab_size) / 1e6  # masked tokens in a large batch
+    exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    logits = (exact_hidden @ exact_weight.t())[:, :vocab_size]
+    logits = logits / (1 + (logits / cap).square()).sqrt()
+    exact = F.cross_entropy(logits, targets, reduction="sum") / 1e6
+    torch.testing.assert_close(loss, exact, rtol=1e-3, atol=0, check_dtype=False)
+    expected = torch.autograd.grad(exact, (exact_hidden, exact_weight))
+    for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), expected):
+        assert (a - b).norm() / b.norm() < 0.01
 
 
 def test_importing_does_nothing():
