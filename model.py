@@ -1,13 +1,14 @@
-"""KBERT: a bidirectional encoder in one file. This very file is uploaded to the Hub with the weights, so it stands alone.
+"""KBERT: a bidirectional encoder in one file, which stands alone because it is uploaded to the Hub with the weights.
 
     from transformers import AutoModelForMaskedLM
     model = AutoModelForMaskedLM.from_pretrained("USER/NAME", trust_remote_code=True)
 
-Pre-norm blocks of attention (RoPE, QK-norm, value residual) and GeGLU; every third layer attends to the whole document, the others
-to a sliding window, where their heads start out at a token's neighbours; the MLM head is tied to the embedding and soft-capped.
+Pre-norm blocks of attention (RoPE, QK-norm, value residual) and GeGLU. Every third layer attends to the whole document,
+the others to a sliding window, where their heads start out at a token's neighbours. The MLM head is tied to the
+embedding, its logits are soft-capped.
 
 Inside, there is no batch and no padding: a row of T tokens holds documents side by side, told apart by `document_ids`.
-The Hugging Face call with input_ids [B, S] and attention_mask [B, S] unpads on the way in and pads again on the way out.
+The Hugging Face call with input_ids and attention_mask [B, S] unpads on the way in and pads again on the way out.
 
 Shapes: T tokens in a row, N masked positions, H heads, D head width, d hidden_size, f intermediate_size, V vocabulary,
 C tiles of a row, S of them slots.
@@ -16,6 +17,7 @@ C tiles of a row, S of them slots.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,24 +27,16 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import (
-    BaseModelOutput,
-    MaskedLMOutput,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-)
+from transformers import modeling_outputs as outputs
 
-PRESETS = {
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+PRESETS = {  # small has the shape of Ettin-17M, base and large have those of ModernBERT
     "micro": dict(num_hidden_layers=4, hidden_size=256, num_attention_heads=4, intermediate_size=384),
-    "small": dict(
-        num_hidden_layers=7, hidden_size=256, num_attention_heads=4, intermediate_size=384
-    ),  # Ettin-17M's shape
-    "base": dict(
-        num_hidden_layers=22, hidden_size=768, num_attention_heads=12, intermediate_size=1152
-    ),  # ModernBERT-base's
-    "large": dict(
-        num_hidden_layers=28, hidden_size=1024, num_attention_heads=16, intermediate_size=2624
-    ),  # ModernBERT-large's
+    "small": dict(num_hidden_layers=7, hidden_size=256, num_attention_heads=4, intermediate_size=384),
+    "base": dict(num_hidden_layers=22, hidden_size=768, num_attention_heads=12, intermediate_size=1152),
+    "large": dict(num_hidden_layers=28, hidden_size=1024, num_attention_heads=16, intermediate_size=2624),
 }
 
 
@@ -66,17 +60,13 @@ class KBERTConfig(PretrainedConfig):
     hidden_size: int = option(768, "width of the residual stream; a multiple of 64")
     num_attention_heads: int = option(12, "attention heads")
     intermediate_size: int = option(1152, "width of GeGLU; a multiple of 64")
-    global_attention_every: int = option(
-        3, "layers; layers 0, 3, 6, ... attend to the whole document, the others locally"
-    )
+    global_attention_every: int = option(3, "layers; 0, 3, 6, ... attend to the whole document, the others locally")
     local_attention_window: int = option(128, "tokens that a local layer sees, half of them to each side")
     frequency_base: float = option(10_000.0, "RoPE's theta")
     logit_softcap: float = option(30.0, "logits stay within plus and minus this")
     value_residual: bool = option(True, "mix the first layer's values into every layer's")
     embedding_skip: bool = option(True, "mix the embedding into every layer's input")
-    neighbour_heads: bool = option(
-        True, "local layers start out attending to the tokens beside each, by biases of q and k"
-    )
+    neighbour_heads: bool = option(True, "local layers start out attending to adjacent tokens, by biases of q and k")
     unet_skips: bool = option(False, "add the input of layer i to that of layer L - i")
     norm_eps: float = option(1e-6, "added to the mean square in RMSNorm")
     classifier_dropout: float = option(0.1, "probability, before the classifier of a finetuned model")
@@ -84,244 +74,54 @@ class KBERTConfig(PretrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
-        kwargs.setdefault(
-            "auto_map",
-            {
-                "AutoConfig": "model.KBERTConfig",
-                "AutoModel": "model.KBERTModel",
-                "AutoModelForMaskedLM": "model.KBERTForMaskedLM",
-                "AutoModelForSequenceClassification": "model.KBERTForSequenceClassification",
-                "AutoModelForQuestionAnswering": "model.KBERTForQuestionAnswering",
-            },
-        )
+        auto_map = {
+            "AutoConfig": "model.KBERTConfig",
+            "AutoModel": "model.KBERTModel",
+            "AutoModelForMaskedLM": "model.KBERTForMaskedLM",
+            "AutoModelForSequenceClassification": "model.KBERTForSequenceClassification",
+            "AutoModelForQuestionAnswering": "model.KBERTForQuestionAnswering",
+        }
+        kwargs.setdefault("auto_map", auto_map)
         super().__post_init__(**kwargs)
-        if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 4:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} must divide hidden_size {self.hidden_size} "
-                "into heads whose width is a multiple of 4: change --model.num_attention_heads"
-            )
-        if self.hidden_size % 64 or self.intermediate_size % 64:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} and intermediate_size {self.intermediate_size} must be multiples of 64: "
-                "change --model.hidden_size or --model.intermediate_size"
-            )
+
+        def check(name: str, holds: bool, rule: str) -> None:
+            if not holds:
+                raise ValueError(f"{name} {getattr(self, name)} {rule}: change --model.{name}")
+
+        shape = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+        others = ("global_attention_every", "local_attention_window", "frequency_base", "logit_softcap")
+        for name in shape + others:
+            check(name, getattr(self, name) > 0, "must be positive")
+        check("norm_eps", self.norm_eps >= 0, "must not be negative")
+        check("classifier_dropout", 0 <= self.classifier_dropout <= 1, "must lie between 0 and 1")
+        fits = self.hidden_size % self.num_attention_heads == 0 and self.head_dim % 4 == 0
+        rule = f"must divide hidden_size {self.hidden_size} into heads whose width is a multiple of 4"
+        check("num_attention_heads", fits, rule)
+        for name in ("hidden_size", "intermediate_size"):
+            check(name, getattr(self, name) % 64 == 0, "must be a multiple of 64")
+        # HeadLoss sums exp(logit) in fp32, multiplies that by weights and divides by it: 2^32 are left on either side.
+        largest = math.log(torch.finfo(torch.float32).max / 2**32 / self.padded_vocab_size)
+        rule = f"must be at most {math.floor(largest)}, or the sum of exp(logit) over the vocabulary overflows"
+        check("logit_softcap", self.logit_softcap <= largest, rule)
 
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // 128) * 128
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
 
     def is_global(self, layer: int) -> bool:
         return layer % self.global_attention_every == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention: which keys a query sees, written down from document boundaries, and two ways to compute it
-
-BLOCK = 128  # tokens; FlexAttention's block, to which a row is padded
-
-
-def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """First token of each token's document, and the token after its last: [T], [T]. Documents are contiguous."""
-    start = torch.searchsorted(document_ids, document_ids, side="left")
-    end = torch.searchsorted(document_ids, document_ids, side="right")
-    return start, end
-
-
-def flex_mask(document_ids: Tensor, window: int | None, size: int = BLOCK) -> BlockMask:
-    """BlockMask of a row in blocks of `size` tokens, from document boundaries alone: the largest table is [T / size, T / size].
-
-    The keys that a query sees are contiguous, and so are the blocks that some, or all, of a block's queries see. Seeing is mutual,
-    so each table serves the backward too. Sorting blocks into these tables took a GPU's compiler as long as seven layers.
-    """
-    T = document_ids.size(0)
-    start, end = document_bounds(document_ids)
-    token = torch.arange(T, device=document_ids.device)
-    low, high = start, end - 1  # [T] first and last key of each query
-    if window is not None:
-        low, high = torch.maximum(low, token - window), torch.minimum(high, token + window)
-    low, high = low.view(-1, size), high.view(-1, size)  # [C, size], both ascending
-    first, behind = (
-        low[:, :1] // size,
-        high[:, -1:] // size + 1,
-    )  # [C, 1] first <= block < behind: some query sees some key
-    full, full_end = (
-        (low[:, -1:] + size - 1) // size,
-        (high[:, :1] + 1) // size,
-    )  # [C, 1] full <= block < full_end: each query sees each key
-    full, full_end = (torch.where(full < full_end, x, behind) for x in (full, full_end))
-    block = torch.arange(T // size, device=document_ids.device)  # [C]
-    partial = torch.where(
-        block < full - first, first + block, full_end - full + first + block
-    )  # [C, C] before the full ones, then behind them
-    tables: list[Tensor] = []  # of partial blocks, then of full ones: how many each block of queries sees, and which
-    for count, blocks in ((behind - first - (full_end - full), partial), (full_end - full, full + block)):
-        tables += [count.view(1, 1, -1).int(), blocks.clamp(max=T // size - 1).int()[None, None]]
-
-    def visible(b, h, q, k):
-        same = document_ids[q] == document_ids[k]
-        return same if window is None else same & ((q - k).abs() <= window)
-
-    return BlockMask((T, T), *tables, *tables, BLOCK_SIZE=(size, size), mask_mod=visible)
-
-
-# Where FlexAttention cannot train (CPUs, old GPUs) the same attention is computed by plain batched products over tiles: blocks of
-# queries with the keys around them for local layers, slots full of whole documents for global ones. Cost is linear in T.
-# FlexAttention has no backward on CPU, and the backward of CPU sdpa costs five times its forward: batched products over blocks
-# and their neighbours took 32 + 27 ms where sdpa over the same blocks took 22 + 106 (8k tokens, 6 heads, 2 cores).
-
-LOCAL_BLOCK = 64  # queries
-
-
-class Tiles(NamedTuple):
-    visible: Tensor  # [C, 1, queries, keys] bool
-    there: Tensor | None = None  # [S * max_seqlen] the token at each place of each slot; None for local layers
-    back: Tensor | None = None  # [T] the place of each token
-
-
-def pack_slots(document_ids: Tensor, max_seqlen: int) -> Tensor:
-    """Puts documents whole into slots of max_seqlen tokens, longest first: [S, max_seqlen] token numbers, T where empty.
-
-    Not traced by the compiler: a small loop over documents, outside of the compiled model.
-    """
-    T = document_ids.size(0)
-    slots: list[list[int]] = []
-    room: list[int] = []
-    pieces, start = [], 0
-    for length in torch.bincount(document_ids).tolist():  # padding may be longer than any document: cut
-        pieces += [(start + at, min(max_seqlen, length - at)) for at in range(0, length, max_seqlen)]
-        start += length
-    for start, length in sorted(pieces, key=lambda piece: -piece[1]):
-        slot = next((i for i, left in enumerate(room) if left >= length), None)
-        if slot is None:
-            slot = len(slots)
-            slots.append([])
-            room.append(max_seqlen)
-        slots[slot] += range(start, start + length)
-        room[slot] -= length
-    return torch.tensor([tokens + [T] * (max_seqlen - len(tokens)) for tokens in slots], device=document_ids.device)
-
-
-def slot_tiles(document_ids: Tensor, slots: Tensor) -> Tiles:
-    """Global attention: all pairs within a slot that belong to one document."""
-    T = document_ids.size(0)
-    there = slots.flatten()
-    back = torch.zeros(T + 1, dtype=torch.long, device=slots.device).scatter(
-        0, there, torch.arange(there.size(0), device=slots.device)
-    )[:T]
-    # Empty places stand for the last token and see each other alone; nothing reads what comes of them.
-    document = torch.where(there < T, document_ids[there.clamp(max=T - 1)], -1).view(slots.shape)  # [S, max_seqlen]
-    return Tiles((document[:, :, None] == document[:, None, :])[:, None], there.clamp(max=T - 1), back)
-
-
-def local_tiles(document_ids: Tensor, window: int) -> Tiles:
-    """Local attention: blocks of queries with as many blocks of keys to each side as the window reaches."""
-    token = torch.arange(document_ids.size(0), device=document_ids.device).view(-1, LOCAL_BLOCK, 1)
-    document = document_ids.view(-1, LOCAL_BLOCK, 1)
-    around = [
-        Neighbours.apply(x + 1, -(-window // LOCAL_BLOCK)).mT - 1 for x in (document, token)
-    ]  # [C, 1, keys]; -1 beyond the row
-    return Tiles(((document == around[0]) & ((token - around[1]).abs() <= window))[:, None])
-
-
-class Neighbours(torch.autograd.Function):
-    """[C, size, ...] -> [C, (2 * sides + 1) * size, ...]: each block with `sides` blocks before and after it, zeros beyond the ends.
-
-    A strided view of one padded tensor, so that the compiler computes that tensor once and not anew for each copy.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, sides: int) -> Tensor:
-        ctx.sides = sides
-        C, size = x.shape[:2]
-        edge = x.new_zeros(sides, *x.shape[1:])
-        padded = torch.cat([edge, x, edge])  # [C + 2 * sides, size, ...]
-        strides = padded.stride()
-        return padded.as_strided((C, (2 * sides + 1) * size, *x.shape[2:]), strides).clone()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        sides = ctx.sides
-        parts = gradient.chunk(2 * sides + 1, dim=1)  # [C, size, ...] each
-        total = parts[sides]
-        for shift in range(
-            1, sides + 1
-        ):  # block c is the shift-th after block c - shift and the shift-th before block c + shift
-            after, before = parts[sides + shift], parts[sides - shift]
-            edge = torch.zeros_like(total[:shift])
-            total = total + torch.cat([edge, after[:-shift]]) + torch.cat([before[shift:], edge])
-        return total, None
-
-
-class Rearrange(torch.autograd.Function):
-    """x[there], whose gradient is gradient[back]: a gather each way, where indexing alone would scatter."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return x[there]
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        (back,) = ctx.saved_tensors
-        return gradient[back], None, None
-
-
-class SoftmaxWeights(torch.autograd.Function):
-    """exp(scale * scores) where visible, else zero, in the scores' dtype; to be divided by their sum. The backward takes them as they are.
-
-    Autograd would compute the exponentials again, and keep them in fp32 too for their sum: 8% of a step (micro, 4,096 tokens, 2 cores with AMX).
-    """
-
-    @staticmethod
-    def forward(ctx, scores: Tensor, visible: Tensor, scale: float) -> Tensor:
-        weights = torch.where(visible, (scores.float() * scale).exp(), 0.0).to(scores.dtype)
-        ctx.scale = scale
-        ctx.save_for_backward(weights)
-        return weights
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        (weights,) = ctx.saved_tensors
-        return (gradient.float() * weights * ctx.scale).to(weights.dtype), None, None
-
-
-def compiled_backend(device: torch.device) -> str:
-    """ "flex" where FlexAttention can train, on GPUs since Ampere, else "blockwise". Asked inside a compiled model, it would break the graph in two."""
-    return "flex" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "blockwise"
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tiles, scale: float) -> Tensor:
-    """q, k, v: [1, T, H, D] -> [1, T, H, D]."""
-    if isinstance(mask, BlockMask):
-        # v as a strided view of qkv beside contiguous q and k is read wrongly by the CPU's kernel (torch 2.13)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v.contiguous()))  # [1, H, T, D]
-        return flex_attention(q, k, v, block_mask=mask, scale=scale).transpose(1, 2)
-    _, _, H, D = q.shape
-    queries, keys = mask.visible.shape[2:]
-    q, k, v = (x[0] for x in (q, k, v))  # [T, H, D]
-    if mask.there is not None:
-        q, k, v = (Rearrange.apply(x, mask.there, mask.back).view(-1, queries, H, D) for x in (q, k, v))
-    else:
-        sides = (keys // queries - 1) // 2
-        q, k, v = (x.view(-1, queries, H, D) for x in (q, k, v))  # [C, queries, H, D]
-        k, v = Neighbours.apply(k, sides), Neighbours.apply(v, sides)  # [C, keys, H, D]
-    # One dimension for tiles and heads: with two, the product would have k transposed number by number, 6 of 264 ms
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [C * H, queries or keys, D]
-    # Softmax without subtracting the maximum: QK-norm keeps scores small (30 at most, with fresh biases). One pass less each way.
-    weights = SoftmaxWeights.apply((q @ k.mT).unflatten(0, (-1, H)), mask.visible, scale).flatten(
-        0, 1
-    )  # [C * H, queries, keys]
-    x = (weights @ v) / weights.sum(-1, keepdim=True, dtype=torch.float32).to(v.dtype)
-    x = x.unflatten(0, (-1, H)).transpose(1, 2).reshape(-1, H, D)
-    return (x if mask.there is None else Rearrange.apply(x, mask.back, mask.there))[None]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers
+# Blocks. Their norms have no weights: the matrix that follows each can learn the scale.
 
 
 class Linear(nn.Linear):
-    """Without bias; fp32 master weights are cast to the activations' dtype. `stacked` matrices lie below each other in the weight."""
+    """Without bias; fp32 weights are cast to the activations' dtype. Muon takes the weight for `stacked` matrices."""
 
     def __init__(self, in_features: int, out_features: int, stacked: int = 1):
         super().__init__(in_features, out_features, bias=False)
@@ -335,17 +135,6 @@ class ZeroLinear(Linear):
     """Starts at zero, so that each block starts as the identity."""
 
 
-class Norm(nn.Module):
-    """RMSNorm without weights: the matrix that follows can learn the scale."""
-
-    def __init__(self, eps: float):
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.size(-1),), eps=self.eps)
-
-
 def rotary_frequencies(head_dim: int, base: float, device: torch.device | None = None) -> Tensor:
     """[D / 2] radians a token, from 2 down to 1 / base; the usual 1 tells neighbours apart less well.
 
@@ -356,9 +145,9 @@ def rotary_frequencies(head_dim: int, base: float, device: torch.device | None =
 
 
 def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and signed sin [T, 1, D], computed from the positions at hand: no table to outgrow, no buffer to lose when loading.
+    """cos and signed sin [T, 1, D], computed from the positions: no table to outgrow, no buffer to lose when loading.
 
-    In one piece, which the compiler computes once; two it would compute anew in each layer.
+    One tensor for both, which the compiler computes once: two it would compute anew in each layer.
     """
     angle = positions[:, None].float() * rotary_frequencies(head_dim, base, positions.device)  # [T, D / 2]
     cos, sin = angle.cos(), angle.sin()
@@ -372,11 +161,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def neighbour_bias(num_heads: int, head_dim: int, base: float) -> Tensor:
-    """Biases of q and k [2, H, D] by which a local layer's heads start out attending to the tokens at -1, +1, -2, +2, in turn.
+    """Biases of q and k [2, H, D] by which heads start out attending to the tokens at -1, +1, -2, +2, in turn.
 
-    Under RoPE, constant q and k add a score that depends on the distance alone (Su 2023, "RoPE + bias"): here 3.5^2 times the sum
-    of cos(frequency * (distance - offset)) over the frequencies above 0.1. Without it a model has to find out first that neighbours
-    matter: 5.11 after 400 steps where this gave 4.73. Global layers that begin there do not find their way out (records/README.md).
+    Under RoPE, constant q and k add a score that depends on the distance alone (Su 2023, "RoPE + bias"): here 3.5^2
+    times the sum of cos(frequency * (distance - offset)) over the frequencies above 0.1. Without it a model has to find
+    out first that neighbours matter. For local layers only: global ones that begin there do not find their way out.
     """
     frequency = rotary_frequencies(head_dim, base)  # [D / 2]
     offset = torch.tensor([-1.0, 1.0, -2.0, 2.0]).repeat(-(-num_heads // 4))[:num_heads, None]  # [H, 1]
@@ -390,20 +179,16 @@ class Attention(nn.Module):
     def __init__(self, config: KBERTConfig, layer: int):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.qkv = Linear(
-            config.hidden_size, 3 * config.hidden_size, stacked=3 * self.num_heads
-        )  # each head's own matrix: Muon's products cost a third less
+        # Muon orthogonalises each head's q, k and v by itself, at less cost than the whole.
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, stacked=3 * self.num_heads)
         self.out = ZeroLinear(config.hidden_size, config.hidden_size)
-        self.norm = Norm(config.norm_eps)
+        self.norm = nn.RMSNorm(config.head_dim, config.norm_eps, elementwise_affine=False)
         self.value_lambda = nn.Parameter(torch.tensor(0.5)) if config.value_residual and layer > 0 else None
         biased = config.neighbour_heads and not config.is_global(layer)
-        self.qk_bias = (
-            nn.Parameter(torch.empty(2, self.num_heads, config.hidden_size // self.num_heads)) if biased else None
-        )
+        self.qk_bias = nn.Parameter(torch.empty(2, self.num_heads, config.head_dim)) if biased else None
 
-    def forward(
-        self, x: Tensor, first_value: Tensor | None, rotary: tuple[Tensor, Tensor], mask, wanted: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, first_value: Tensor | None, rotary, mask, wanted: Tensor | None):
+        """As Block.forward; rotary: rotary_tables."""
         T, d = x.shape
         q, k, v = self.qkv(x).view(1, T, 3, self.num_heads, d // self.num_heads).unbind(2)  # [1, T, H, D] each
         if self.value_lambda is not None:
@@ -412,8 +197,7 @@ class Attention(nn.Module):
         if self.qk_bias is not None:
             q, k = q + self.qk_bias[0].to(q.dtype), k + self.qk_bias[1].to(k.dtype)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
-        x = attend(q, k, v, mask, scale=0.12)  # with QK-norm; 1 / sqrt(64) = 0.125
-        x = x.reshape(T, d)
+        x = attend(q, k, v, mask, scale=0.12).reshape(T, d)  # with QK-norm; 1 / sqrt(64) = 0.125
         return self.out(x if wanted is None else x[wanted]), v
 
 
@@ -433,23 +217,13 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(config, layer)
         self.mlp = GeGLU(config)
-        self.norm = Norm(config.norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps, elementwise_affine=False)
         self.input_lambdas = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embedding_skip and layer > 0 else None
-        self.skip_lambda = (
-            nn.Parameter(torch.tensor(0.0)) if config.unet_skips and 2 * layer > config.num_hidden_layers else None
-        )
+        skipped_to = config.unet_skips and 2 * layer > config.num_hidden_layers
+        self.skip_lambda = nn.Parameter(torch.tensor(0.0)) if skipped_to else None
 
-    def forward(
-        self,
-        x: Tensor,
-        x0: Tensor,
-        skip: Tensor | None,
-        first_value: Tensor | None,
-        rotary,
-        mask,
-        wanted: Tensor | None = None,
-    ):
-        """[T, d] -> [T, d], or [N, d] for the positions wanted [N]; and the values, for later layers."""
+    def forward(self, x: Tensor, x0: Tensor, skip, first_value, rotary, mask, wanted: Tensor | None):
+        """x, x0, skip [T, d] -> [T, d], or [N, d] at the positions wanted [N]; and its values, for later layers."""
         if self.input_lambdas is not None:
             x = self.input_lambdas[0] * x + self.input_lambdas[1] * x0
         if self.skip_lambda is not None:
@@ -467,6 +241,7 @@ class KBERTPreTrainedModel(PreTrainedModel):
     config_class = KBERTConfig
     base_model_prefix = "encoder"
     _no_split_modules = ["Block"]
+    _input_embed_layer = "embed"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -495,68 +270,42 @@ class KBERTModel(KBERTPreTrainedModel):
         super().__init__(config)
         self.embed = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)])
-        self.norm = Norm(config.norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps, elementwise_affine=False)
         self.compute_dtype: torch.dtype | None = None  # of activations; None: the weights' own
         self.attention_backend = "blockwise"  # what compiled code uses: compiled_backend(device)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embed
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embed = value
-
-    def encode(
-        self,
-        input_ids: Tensor,
-        document_ids: Tensor,
-        positions: Tensor,
-        max_seqlen: int,
-        window: int | None = None,
-        slots: Tensor | None = None,
-        wanted: Tensor | None = None,
-    ) -> Tensor:
+    def encode(self, input_ids, document_ids, positions, max_seqlen, window=None, slots=None, wanted=None) -> Tensor:
         """One row without padding: input_ids, document_ids (ascending), positions [T] -> hidden states [T, d].
 
-        T is a multiple of 128 and no document but padding is longer than max_seqlen. window: tokens to each side that local layers
-        see, half of local_attention_window when None. slots: pack_slots(document_ids, max_seqlen), which only attention without
-        FlexAttention needs; compiled models cannot make them on their own. wanted [N]: the positions whose states are needed -> [N, d];
-        behind its attention, the last layer computes these alone.
+        T is a multiple of 128, and no document but padding is longer than max_seqlen.
+        window: tokens that local layers see to each side, half of local_attention_window when None.
+        slots: pack_slots(document_ids, max_seqlen), which a compiled model without FlexAttention has to be given.
+        wanted [N]: return the states at these positions alone, [N, d]; the last layer then computes no others.
         """
         window = self.config.local_attention_window // 2 if window is None else window
-        if (
-            self.attention_backend == "flex" and torch.compiler.is_compiling()
-        ):  # eagerly, it would write out all T x T scores
+        # FlexAttention run eagerly would write out all T x T scores.
+        if self.attention_backend == "flex" and torch.compiler.is_compiling():
             local_mask, global_mask = flex_mask(document_ids, window), flex_mask(document_ids, None)
         else:
             slots = pack_slots(document_ids, max_seqlen) if slots is None else slots
-            local_mask, global_mask = (
-                local_tiles(document_ids, min(window, max_seqlen - 1)),
-                slot_tiles(document_ids, slots),
-            )
+            local_mask = local_tiles(document_ids, min(window, max_seqlen - 1))
+            global_mask = slot_tiles(document_ids, slots)
         weight = self.embed.weight
         dtype = self.compute_dtype or weight.dtype
         x = x0 = self.norm(F.embedding(input_ids, weight).to(dtype))  # [T, d]
-        rotary = rotary_tables(
-            positions, self.config.hidden_size // self.config.num_attention_heads, self.config.frequency_base, dtype
-        )
+        rotary = rotary_tables(positions, self.config.head_dim, self.config.frequency_base, dtype)
         first_value, inputs = None, []
         for layer, block in enumerate(self.blocks):
             inputs.append(x)
             skip = inputs[len(self.blocks) - layer] if block.skip_lambda is not None else None
-            x, value = block(
-                x,
-                x0,
-                skip,
-                first_value,
-                rotary,
-                global_mask if self.config.is_global(layer) else local_mask,
-                wanted if layer == len(self.blocks) - 1 else None,
-            )
+            mask = global_mask if self.config.is_global(layer) else local_mask
+            last = layer == len(self.blocks) - 1
+            x, value = block(x, x0, skip, first_value, rotary, mask, wanted if last else None)
             first_value = value if layer == 0 else first_value
         return self.norm(x)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> BaseModelOutput:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> outputs.BaseModelOutput:
         """input_ids, attention_mask [B, S] -> last_hidden_state [B, S, d], zero where attention_mask is."""
         B, S = input_ids.shape
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -568,28 +317,25 @@ class KBERTModel(KBERTPreTrainedModel):
         positions = F.pad((keep.cumsum(1) - 1).flatten()[where], (0, tail))
         x = self.encode(ids, document_ids, positions, max_seqlen=max(S, tail))
         x = x.new_zeros(B * S, x.size(-1)).index_copy(0, where, x[: where.size(0)])
-        return BaseModelOutput(last_hidden_state=x.view(B, S, -1))
+        return outputs.BaseModelOutput(last_hidden_state=x.view(B, S, -1))
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:
-    """What logits x are multiplied by to stay within plus and minus cap: 1 / sqrt(1 + (x / cap)^2), whose cube is the capped logit's slope.
-
-    The usual tanh took 175 ms more of a 2.3 s step on 2 cores.
-    """
+    """What logits x are multiplied by to stay within plus and minus cap; its cube is the slope. Tanh is slower."""
     return torch.rsqrt(1 + (x * (1 / cap)).square())
 
 
 class HeadLoss(torch.autograd.Function):
-    """Summed cross-entropy behind the tied head: hidden [N, d], weight [V padded, d], targets [N] int64, -100 where there is none.
+    """Summed cross-entropy behind the tied head: hidden [N, d], weight [V padded, d], targets [N], -100 for none.
 
-    Each logit is read once: softmax goes without subtracting the maximum, which the soft cap bounds, and the gradient is stored before its
-    rows are divided by their sums; in the backward's products the hidden states are divided instead. A step takes 9% less than by autograd
-    (micro; 5% at 6 x 384; 1,440 of 4,096 tokens, V = 16k, 2 cores with AMX).
+    Each logit is read once: softmax goes without subtracting the maximum, which the soft cap bounds (KBERTConfig checks
+    that fp32 holds the sums), and the gradient is stored before its rows are divided by their sums; in the backward's
+    products the hidden states are divided instead.
     """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, vocab_size: int) -> Tensor:
-        target, there = targets.clamp(min=0)[:, None], targets >= 0  # [N, 1], [N]
+        target, has_target = targets.clamp(min=0)[:, None], targets >= 0  # [N, 1], [N]
         logits = hidden @ weight.t()  # [N, V padded]
         own, x = logits.gather(1, target)[:, 0].float(), logits.float()
         own_factor, factor = soft_cap(own, cap), soft_cap(x, cap)
@@ -599,20 +345,15 @@ class HeadLoss(torch.autograd.Function):
         total = weights.sum(-1)  # [N]
         own_gradient = (own.exp() - total) * own_factor**3
         gradient = (weights * factor**3).to(logits.dtype).scatter(1, target, own_gradient[:, None].to(logits.dtype))
-        ctx.save_for_backward(hidden, weight, gradient, there / total)
-        return torch.where(there, total.log() - own, 0.0).sum()
+        ctx.save_for_backward(hidden, weight, gradient, has_target / total)
+        return torch.where(has_target, total.log() - own, 0.0).sum()
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         hidden, weight, gradient, scale = ctx.saved_tensors
         scale = (scale * upstream)[:, None]  # [N, 1]
-        return (
-            ((gradient @ weight) * scale).to(hidden.dtype),
-            gradient.t() @ (hidden * scale).to(hidden.dtype),
-            None,
-            None,
-            None,
-        )
+        of_hidden = ((gradient @ weight) * scale).to(hidden.dtype)  # [N, d]
+        return of_hidden, gradient.t() @ (hidden * scale).to(hidden.dtype), None, None, None
 
 
 class KBERTForMaskedLM(KBERTPreTrainedModel):
@@ -624,55 +365,32 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
         self.lm_head = Linear(config.hidden_size, config.padded_vocab_size)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.lm_head = value
-
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., V]."""
         x = self.lm_head(hidden)[..., : self.config.vocab_size].float()
         return x * soft_cap(x, self.config.logit_softcap)
 
-    def loss(
-        self,
-        input_ids: Tensor,
-        document_ids: Tensor,
-        positions: Tensor,
-        masked: Tensor,
-        targets: Tensor,
-        max_seqlen: int,
-        window: int | None = None,
-        slots: Tensor | None = None,
-    ) -> Tensor:
-        """Summed cross-entropy of one row at its masked positions [N].
+    def loss(self, input_ids, document_ids, positions, masked, targets, max_seqlen, window=None, slots=None) -> Tensor:
+        """Summed cross-entropy of a row at its masked positions [N], which alone reach the vocabulary."""
+        hidden = self.encoder.encode(input_ids, document_ids, positions, max_seqlen, window, slots, masked)  # [N, d]
+        weight = self.lm_head.weight.to(hidden.dtype)
+        return HeadLoss.apply(hidden, weight, targets, self.config.logit_softcap, self.config.vocab_size)
 
-        Only these positions reach the vocabulary: at 15% masking and V = 50k that saves more than any fused kernel.
-        """
-        hidden = self.encoder.encode(
-            input_ids, document_ids, positions, max_seqlen, window, slots, wanted=masked
-        )  # [N, d]
-        return HeadLoss.apply(
-            hidden, self.lm_head.weight.to(hidden.dtype), targets, self.config.logit_softcap, self.config.vocab_size
-        )
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs
-    ) -> MaskedLMOutput:
+    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs) -> outputs.MaskedLMOutput:
+        """input_ids, attention_mask, labels (-100 for none) [B, S] -> logits [B, S, V], mean loss."""
         logits = self.logits(self.encoder(input_ids, attention_mask).last_hidden_state)  # [B, S, V]
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-        return MaskedLMOutput(loss=loss, logits=logits)
+        return outputs.MaskedLMOutput(loss=loss, logits=logits)
 
 
 class KBERTForSequenceClassification(KBERTPreTrainedModel):
-    """One label, several (problem_type "multi_label_classification") or a number (num_labels 1), from the mean of a text's states or from that of [CLS]."""
+    """A label, several ("multi_label_classification") or a number (num_labels 1), from a text's mean state or [CLS]."""
 
     def __init__(self, config: KBERTConfig):
         super().__init__(config)
         self.encoder = KBERTModel(config)
         self.dense = Linear(config.hidden_size, config.hidden_size)
-        self.norm = Norm(config.norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps, elementwise_affine=False)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
@@ -690,16 +408,17 @@ class KBERTForSequenceClassification(KBERTPreTrainedModel):
             return F.binary_cross_entropy_with_logits(logits, labels.float())
         return F.cross_entropy(logits, labels)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs
-    ) -> SequenceClassifierOutput:
+    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs) -> outputs.SequenceClassifierOutput:
+        """input_ids, attention_mask [B, S], labels [B] or [B, num_labels] -> logits [B, num_labels], mean loss."""
         hidden = self.encoder(input_ids, attention_mask).last_hidden_state  # [B, S, d], zero where there is no token
         if self.config.classifier_pooling == "cls":
             pooled = hidden[:, 0]
         else:
             pooled = hidden.sum(1) / (hidden.size(1) if attention_mask is None else attention_mask.sum(1, keepdim=True))
         logits = self.classify(pooled)
-        return SequenceClassifierOutput(loss=None if labels is None else self.loss(logits, labels), logits=logits)
+        return outputs.SequenceClassifierOutput(
+            loss=None if labels is None else self.loss(logits, labels), logits=logits
+        )
 
 
 class KBERTForQuestionAnswering(KBERTPreTrainedModel):
@@ -715,19 +434,13 @@ class KBERTForQuestionAnswering(KBERTPreTrainedModel):
         """[..., d] -> start and end logits [...] fp32."""
         return self.qa_outputs(hidden.to(self.qa_outputs.weight.dtype)).float().unbind(-1)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        **kwargs,
-    ) -> QuestionAnsweringModelOutput:
+    def forward(self, input_ids, attention_mask=None, start_positions=None, end_positions=None, **kwargs):
+        """input_ids, attention_mask [B, S], positions [B] -> start and end logits [B, S], mean loss."""
         start, end = self.span_logits(self.encoder(input_ids, attention_mask).last_hidden_state)  # [B, S] each
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = (F.cross_entropy(start, start_positions) + F.cross_entropy(end, end_positions)) / 2
-        return QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end)
+        return outputs.QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end)
 
 
 KBERTConfig.register_for_auto_class()
@@ -735,3 +448,183 @@ KBERTModel.register_for_auto_class("AutoModel")
 KBERTForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
 KBERTForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 KBERTForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention backends: which keys a query sees, written down from document boundaries, and two ways to compute it
+
+BLOCK = 128  # tokens in a block of FlexAttention, to which a row is padded
+LOCAL_BLOCK = 64  # queries in a tile of local attention
+
+
+def flex_mask(document_ids: Tensor, window: int | None, size: int = BLOCK) -> BlockMask:
+    """BlockMask of a row in C blocks of `size` tokens, from document boundaries alone: no table exceeds [C, C].
+
+    Documents are contiguous, so the keys that a query sees are, and so are the blocks that some, or all, of a block's
+    queries see. Seeing is mutual, so each table serves the backward too. A GPU's compiler would take long over a sort.
+    """
+    T = document_ids.size(0)
+    token = torch.arange(T, device=document_ids.device)
+    low = torch.searchsorted(document_ids, document_ids, side="left")  # [T] first key of each query
+    high = torch.searchsorted(document_ids, document_ids, side="right") - 1  # [T] its last
+    if window is not None:
+        low, high = torch.maximum(low, token - window), torch.minimum(high, token + window)
+    low, high = low.view(-1, size), high.view(-1, size)  # [C, size], both ascending
+    # [C, 1] each: in first <= block < behind some query sees some key, in full <= block < full_end each sees each.
+    first, behind = low[:, :1] // size, high[:, -1:] // size + 1
+    full, full_end = (low[:, -1:] + size - 1) // size, (high[:, :1] + 1) // size
+    full, full_end = (torch.where(full < full_end, x, behind) for x in (full, full_end))
+    num_full = full_end - full
+    block = torch.arange(T // size, device=document_ids.device)  # [C]
+    # [C, C] those before the full ones, then those behind
+    partial = first + block + torch.where(block < full - first, 0, num_full)
+    tables: list[Tensor] = []  # of partial blocks, then of full ones: how many each block of queries sees, and which
+    for count, blocks in ((behind - first - num_full, partial), (num_full, full + block)):
+        tables += [count.view(1, 1, -1).int(), blocks.clamp(max=T // size - 1).int()[None, None]]
+
+    def visible(b, h, q, k):
+        same = document_ids[q] == document_ids[k]
+        return same if window is None else same & ((q - k).abs() <= window)
+
+    return BlockMask((T, T), *tables, *tables, BLOCK_SIZE=(size, size), mask_mod=visible)
+
+
+# FlexAttention cannot train on CPUs and old GPUs, and on a CPU the backward of sdpa costs several times its forward.
+# There the same attention is computed by plain batched products over tiles: blocks of queries with the keys around them
+# for local layers, slots full of whole documents for global ones. Cost is linear in T.
+
+
+class Tiles(NamedTuple):
+    visible: Tensor  # [C, 1, queries, keys] bool
+    to_slots: Tensor | None = None  # [S * max_seqlen] the token at each place of each slot; None for local layers
+    to_row: Tensor | None = None  # [T] the place of each token
+
+
+def pack_slots(document_ids: Tensor, max_seqlen: int) -> Tensor:
+    """Puts documents whole into slots of max_seqlen tokens, longest first: [S, max_seqlen] token numbers, T if empty.
+
+    A small loop over documents, which the compiler cannot trace.
+    """
+    T, slots = document_ids.size(0), []
+    pieces, start = [], 0
+    for length in torch.bincount(document_ids).tolist():  # padding may be longer than any document: cut
+        pieces += [(start + at, min(max_seqlen, length - at)) for at in range(0, length, max_seqlen)]
+        start += length
+    for start, length in sorted(pieces, key=lambda piece: -piece[1]):
+        slot = next((slot for slot in slots if len(slot) + length <= max_seqlen), None)
+        if slot is None:
+            slots.append(slot := [])
+        slot += range(start, start + length)
+    return torch.tensor([tokens + [T] * (max_seqlen - len(tokens)) for tokens in slots], device=document_ids.device)
+
+
+def slot_tiles(document_ids: Tensor, slots: Tensor) -> Tiles:
+    """Global attention: all pairs within a slot that belong to one document."""
+    T, token = document_ids.size(0), slots.flatten()
+    place = torch.arange(token.size(0), device=slots.device)
+    to_row = place.new_zeros(T + 1).scatter(0, token, place)[:T]
+    # Empty places stand for the last token and see each other alone; nothing reads what comes of them.
+    to_slots = token.clamp(max=T - 1)
+    document = torch.where(token < T, document_ids[to_slots], -1).view(slots.shape)  # [S, max_seqlen]
+    return Tiles((document[:, :, None] == document[:, None, :])[:, None], to_slots, to_row)
+
+
+def local_tiles(document_ids: Tensor, window: int) -> Tiles:
+    """Local attention: blocks of queries with as many blocks of keys to each side as the window reaches."""
+    token = torch.arange(document_ids.size(0), device=document_ids.device).view(-1, LOCAL_BLOCK, 1)
+    document = document_ids.view(-1, LOCAL_BLOCK, 1)
+    sides = -(-window // LOCAL_BLOCK)
+    around = [Neighbours.apply(x + 1, sides).mT - 1 for x in (document, token)]  # [C, 1, keys]; -1 beyond the row
+    return Tiles(((document == around[0]) & ((token - around[1]).abs() <= window))[:, None])
+
+
+class Neighbours(torch.autograd.Function):
+    """[C, size, ...] -> [C, (2 * sides + 1) * size, ...]: each block with `sides` more on each side, zeros at the ends.
+
+    A strided view of one padded tensor, so that the compiler computes that tensor once and not anew for each copy.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sides: int) -> Tensor:
+        ctx.sides = sides
+        C, size = x.shape[:2]
+        edge = x.new_zeros(sides, *x.shape[1:])
+        padded = torch.cat([edge, x, edge])  # [C + 2 * sides, size, ...]
+        return padded.as_strided((C, (2 * sides + 1) * size, *x.shape[2:]), padded.stride()).clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        sides = ctx.sides
+        parts = gradient.chunk(2 * sides + 1, dim=1)  # [C, size, ...] each
+        total = parts[sides]
+        for shift in range(1, sides + 1):  # block c comes `shift` after block c - shift and `shift` before c + shift
+            after, before = parts[sides + shift], parts[sides - shift]
+            edge = torch.zeros_like(total[:shift])
+            total = total + torch.cat([edge, after[:-shift]]) + torch.cat([before[shift:], edge])
+        return total, None
+
+
+class Rearrange(torch.autograd.Function):
+    """x[index], whose gradient is gradient[inverse]: a gather each way, where autograd would scatter."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x[index]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (inverse,) = ctx.saved_tensors
+        return gradient[inverse], None, None
+
+
+class SoftmaxWeights(torch.autograd.Function):
+    """exp(scale * scores) where visible, else zero, in the scores' dtype; to be divided by their sum.
+
+    The backward takes them as they are: autograd would compute them again, and keep them in fp32 too for their sum.
+    """
+
+    @staticmethod
+    def forward(ctx, scores: Tensor, visible: Tensor, scale: float) -> Tensor:
+        weights = torch.where(visible, (scores.float() * scale).exp(), 0.0).to(scores.dtype)
+        ctx.scale = scale
+        ctx.save_for_backward(weights)
+        return weights
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (weights,) = ctx.saved_tensors
+        return (gradient.float() * weights * ctx.scale).to(weights.dtype), None, None
+
+
+def compiled_backend(device: torch.device) -> str:
+    """Where FlexAttention can train (GPUs since Ampere) "flex", else "blockwise".
+
+    To be asked outside the compiled model, whose graph it would break in two.
+    """
+    return "flex" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "blockwise"
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tiles, scale: float) -> Tensor:
+    """q, k, v: [1, T, H, D] -> [1, T, H, D]."""
+    if isinstance(mask, BlockMask):
+        # v as a strided view of qkv beside contiguous q and k is read wrongly by the CPU's kernel (torch 2.13)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v.contiguous()))  # [1, H, T, D]
+        return flex_attention(q, k, v, block_mask=mask, scale=scale).transpose(1, 2)
+    _, _, H, D = q.shape
+    queries, keys = mask.visible.shape[2:]
+    q, k, v = (x[0] for x in (q, k, v))  # [T, H, D]
+    if mask.to_slots is not None:
+        q, k, v = (Rearrange.apply(x, mask.to_slots, mask.to_row).view(-1, queries, H, D) for x in (q, k, v))
+    else:
+        sides = (keys // queries - 1) // 2
+        q, k, v = (x.view(-1, queries, H, D) for x in (q, k, v))  # [C, queries, H, D]
+        k, v = Neighbours.apply(k, sides), Neighbours.apply(v, sides)  # [C, keys, H, D]
+    # One dimension for tiles and heads: with two, the product would have k transposed number by number.
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [C * H, queries or keys, D]
+    # Softmax need not subtract the maximum, since QK-norm bounds the scores: one pass less each way.
+    scores = (q @ k.mT).unflatten(0, (-1, H))  # [C, H, queries, keys]
+    weights = SoftmaxWeights.apply(scores, mask.visible, scale).flatten(0, 1)  # [C * H, queries, keys]
+    x = (weights @ v) / weights.sum(-1, keepdim=True, dtype=torch.float32).to(v.dtype)
+    x = x.unflatten(0, (-1, H)).transpose(1, 2).reshape(-1, H, D)
+    return (x if mask.to_slots is None else Rearrange.apply(x, mask.to_row, mask.to_slots))[None]

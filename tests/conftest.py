@@ -1,4 +1,4 @@
-"""What several test files share: small shards, a word tokenizer, and torchrun."""
+"""What several test files share: small shards, a word tokenizer, small models, and torchrun."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pytest
+import torch
 
 import trainer
 from dataloading import sha256_of, write_manifest, write_shard
+from model import KBERTConfig, KBERTForMaskedLM
 from records.log import LOG_LINE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,6 +109,39 @@ def word_tokenizer(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     fast.save_pretrained(folder)
     return folder
+
+
+VOCAB = 200  # of `tiny` and `row_of`
+LENGTHS = [1, 30, 128, 7, 200, 3, 64, 90]  # of documents, for `row_of`
+
+
+def tiny(cls=KBERTForMaskedLM, **changed):
+    """A small model whose zero-initialised matrices are not zero, or nothing would depend on attention."""
+    shape = dict(num_hidden_layers=4, hidden_size=64, num_attention_heads=4, intermediate_size=128)
+    others = dict(vocab_size=VOCAB, local_attention_window=16, unet_skips=True, pad_token_id=2)
+    torch.manual_seed(0)
+    model = cls(KBERTConfig(**{**shape, **others, **changed}))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.eval()
+
+
+def row_of(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """input_ids, document_ids, positions of documents side by side, filled up to a multiple of 128."""
+    lengths = lengths + [-sum(lengths) % 128] if sum(lengths) % 128 else lengths
+    ids = torch.randint(5, VOCAB, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return ids, documents, torch.cat([torch.arange(n) for n in lengths])
+
+
+def reference_attention(q, k, v, documents, window, scale):
+    """Plain attention over all T x T pairs in fp64. q, k, v: [1, T, H, D]."""
+    q, k, v = (x.double()[0].transpose(0, 1) for x in (q, k, v))
+    token = torch.arange(len(documents))
+    visible = documents[:, None] == documents
+    if window is not None:
+        visible &= (token[:, None] - token).abs() <= window
+    return ((q @ k.mT * scale).masked_fill(~visible, -torch.inf).softmax(-1) @ v).transpose(0, 1)[None]
 
 
 def run_python(

@@ -8,9 +8,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import LENGTHS, VOCAB, reference_attention, row_of, tiny
 
 from model import (
     PRESETS,
+    HeadLoss,
     KBERTConfig,
     KBERTForMaskedLM,
     KBERTForQuestionAnswering,
@@ -25,44 +27,6 @@ from model import (
     rotate,
     slot_tiles,
 )
-
-VOCAB = 200
-
-
-def tiny(cls=KBERTForMaskedLM, **keywords):
-    """A small model whose zero-initialised matrices are not zero, or nothing would depend on attention."""
-    torch.manual_seed(0)
-    model = cls(
-        KBERTConfig(
-            **{
-                **dict(
-                    vocab_size=VOCAB,
-                    num_hidden_layers=4,
-                    hidden_size=64,
-                    num_attention_heads=4,
-                    intermediate_size=128,
-                    local_attention_window=16,
-                    unet_skips=True,
-                    pad_token_id=2,
-                ),
-                **keywords,
-            }
-        )
-    )
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    return model.eval()
-
-
-def row_of(lengths: list[int], seed: int = 0):
-    """input_ids, document_ids, positions of documents side by side, filled up to a multiple of 128."""
-    lengths = lengths + [-sum(lengths) % 128] if sum(lengths) % 128 else lengths
-    ids = torch.randint(5, VOCAB, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
-    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    return ids, documents, torch.cat([torch.arange(n) for n in lengths])
-
-
-LENGTHS = [1, 30, 128, 7, 200, 3, 64, 90]
 
 
 def test_a_document_is_the_same_alone_packed_and_padded():
@@ -82,16 +46,6 @@ def test_a_document_is_the_same_alone_packed_and_padded():
     assert (padded[~mask.bool()] == 0).all()
 
 
-def reference_attention(q, k, v, documents, window, scale):
-    """Plain attention over all T x T pairs in fp64. q, k, v: [1, T, H, D]."""
-    q, k, v = (x.double()[0].transpose(0, 1) for x in (q, k, v))
-    token = torch.arange(len(documents))
-    visible = documents[:, None] == documents
-    if window is not None:
-        visible &= (token[:, None] - token).abs() <= window
-    return ((q @ k.mT * scale).masked_fill(~visible, -torch.inf).softmax(-1) @ v).transpose(0, 1)[None]
-
-
 @pytest.mark.parametrize("window", [1, 8, 64, 100, None])
 @pytest.mark.parametrize("lengths", [LENGTHS, [128], [5] * 60, [600, 1, 1, 30]])
 def test_tiled_attention_agrees_with_fp64_forward_and_backward(window, lengths):
@@ -99,20 +53,16 @@ def test_tiled_attention_agrees_with_fp64_forward_and_backward(window, lengths):
     torch.manual_seed(1)
     q, k, v = (torch.randn(1, len(documents), 2, 16, dtype=torch.float64, requires_grad=True) for _ in range(3))
     direction = torch.randn(1, len(documents), 2, 16)
-    mask = (
-        slot_tiles(documents, pack_slots(documents, max(lengths))) if window is None else local_tiles(documents, window)
-    )
-    got = attend(q, k, v, mask, 0.3)
-    expected = reference_attention(q, k, v, documents, window, 0.3)
-    got, expected = (
-        x[:, : sum(lengths)] for x in (got, expected)
-    )  # the padding at the end may have been cut into slots
-    direction = direction[:, : sum(lengths)]
+    if window is None:
+        mask = slot_tiles(documents, pack_slots(documents, max(lengths)))
+    else:
+        mask = local_tiles(documents, window)
+    inside = slice(sum(lengths))  # the padding behind may have been cut into slots
+    got = attend(q, k, v, mask, 0.3)[:, inside]
+    expected = reference_attention(q, k, v, documents, window, 0.3)[:, inside]
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5, check_dtype=False)
-    for a, b in zip(
-        torch.autograd.grad((got * direction).sum(), (q, k, v)),
-        torch.autograd.grad((expected * direction).sum(), (q, k, v)),
-    ):
+    gradients = (torch.autograd.grad((x * direction[:, inside]).sum(), (q, k, v)) for x in (got, expected))
+    for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
@@ -139,18 +89,17 @@ def test_flex_mask_lists_every_visible_pair_and_no_more(window, size):
     mask = flex_mask(documents, window, size)
     for way, wanted in (("kv", blocks), ("q", blocks.permute(1, 0, 3, 2))):  # the forward's tables, the backward's
         some, every = torch.zeros_like(wanted[:, :, 0, 0]), torch.zeros_like(wanted[:, :, 0, 0])
-        for row in range(len(some)):
-            for table, found in ((way, some), (f"full_{way}", every)):
-                found[
-                    row, getattr(mask, f"{table}_indices")[0, 0, row, : getattr(mask, f"{table}_num_blocks")[0, 0, row]]
-                ] = True
+        for table, found in ((way, some), (f"full_{way}", every)):
+            indices, counts = getattr(mask, f"{table}_indices")[0, 0], getattr(mask, f"{table}_num_blocks")[0, 0]
+            for row, count in enumerate(counts):
+                found[row, indices[row, :count]] = True
         assert (every == wanted.all(-1).all(-1)).all() and not (every & some).any()
         assert (some | every)[wanted.any(-1).any(-1)].all()
     assert (mask.mask_mod(None, None, token[:, None], token) == visible).all()
 
 
 def test_flex_attention_compiled_agrees_in_the_whole_model():
-    """FlexAttention has no backward on CPU; its compiled forward, one graph without a break, is what GPUs run, but for the kernel."""
+    """The compiled forward, one graph without a break, is what GPUs run, but for the kernel. CPUs have no backward."""
     model = tiny(hidden_size=128)
     row, masked = row_of(LENGTHS), torch.tensor([3, 40, 41, 300])
     targets = row[0][masked]
@@ -211,17 +160,12 @@ def test_a_fresh_model_starts_as_its_embedding():
 def test_heads_start_out_attending_to_their_neighbours():
     model = KBERTForMaskedLM(KBERTConfig(vocab_size=VOCAB, **PRESETS["micro"]))
     biases = [block.attention.qk_bias for block in model.encoder.blocks]
-    assert [bias is None for bias in biases] == [
-        True,
-        False,
-        False,
-        True,
-    ]  # global layers look for words wherever they are
-    torch.testing.assert_close(biases[1], neighbour_bias(4, 64, 10_000.0))
-    q, k = (
-        rotate(x.expand(1, 128, 4, 64), *rotary_tables(torch.arange(128), 64, 10_000.0, torch.float32))[0]
-        for x in neighbour_bias(4, 64, 10_000.0)
-    )
+    biased = [bias is not None for bias in biases]
+    assert biased == [False, True, True, False]  # global layers look for words wherever they are
+    expected = neighbour_bias(4, 64, 10_000.0)
+    torch.testing.assert_close(biases[1], expected)
+    tables = rotary_tables(torch.arange(128), 64, 10_000.0, torch.float32)
+    q, k = (rotate(x.expand(1, 128, 4, 64), *tables)[0] for x in expected)
     scores = torch.einsum("qhd,khd->hqk", q, k)  # of a text that says nothing: biases alone
     assert (scores.argmax(-1)[:, 10:-10] - torch.arange(10, 118)).unique(dim=1).tolist() == [[-1], [1], [-2], [2]]
 
@@ -275,13 +219,52 @@ def test_fill_mask_pipeline_from_a_saved_folder(tmp_path, word_tokenizer):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(num_attention_heads=5), "must divide hidden_size"),
-        (dict(hidden_size=100, num_attention_heads=5), "multiples of 64"),
+        (dict(num_hidden_layers=0), "num_hidden_layers 0 must be positive: change --model.num_hidden_layers"),
+        (dict(hidden_size=-64), "hidden_size -64 must be positive: change --model.hidden_size"),
+        (dict(num_attention_heads=0), "num_attention_heads 0 must be positive: change --model.num_attention_heads"),
+        (dict(intermediate_size=0), "intermediate_size 0 must be positive"),
+        (dict(global_attention_every=0), "global_attention_every 0 must be positive"),
+        (dict(local_attention_window=-128), "local_attention_window -128 must be positive"),
+        (dict(frequency_base=0.0), "frequency_base 0.0 must be positive"),
+        (dict(logit_softcap=float("nan")), "logit_softcap nan must be positive"),
+        (dict(norm_eps=-1e-6), "norm_eps -1e-06 must not be negative"),
+        (dict(classifier_dropout=1.5), "classifier_dropout 1.5 must lie between 0 and 1"),
+        (dict(num_attention_heads=5), "must divide hidden_size 256 into heads .* change --model.num_attention_heads"),
+        (dict(hidden_size=100, num_attention_heads=5), "hidden_size 100 must be a multiple of 64"),
+        (dict(intermediate_size=100), "intermediate_size 100 must be a multiple of 64"),
+        (dict(logit_softcap=100.0), "logit_softcap 100.0 must be at most 55, .* change --model.logit_softcap"),
     ],
 )
-def test_impossible_shapes_are_refused(change, message):
+def test_impossible_values_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         KBERTConfig(**{**PRESETS["micro"], **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [VOCAB, 50_368])
+def test_the_largest_softcap_still_gives_the_right_loss_and_gradients(vocab_size, dtype):
+    """Beyond it a sum of exponentials becomes infinite, or what is divided by it zero."""
+
+    def accepted(cap: int) -> bool:
+        try:
+            return bool(KBERTConfig(vocab_size=vocab_size, logit_softcap=float(cap)))
+        except ValueError:
+            return False
+
+    cap = max(filter(accepted, range(30, 101)))
+    torch.manual_seed(0)
+    hidden = torch.randn(64, 64, dtype=dtype, requires_grad=True)
+    weight = (20 * torch.randn(-(-vocab_size // 128) * 128, 64)).to(dtype).requires_grad_()  # logits far beyond the cap
+    targets = torch.randint(0, vocab_size, (64,)).index_fill(0, torch.tensor([3]), -100)
+    loss = HeadLoss.apply(hidden, weight, targets, cap, vocab_size) / 1e6  # masked tokens in a large batch
+    exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    logits = (exact_hidden @ exact_weight.t())[:, :vocab_size]
+    logits = logits / (1 + (logits / cap).square()).sqrt()
+    exact = F.cross_entropy(logits, targets, reduction="sum") / 1e6
+    torch.testing.assert_close(loss, exact, rtol=1e-3, atol=0, check_dtype=False)
+    expected = torch.autograd.grad(exact, (exact_hidden, exact_weight))
+    for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), expected):
+        assert (a - b).norm() / b.norm() < 0.01
 
 
 def test_importing_does_nothing():

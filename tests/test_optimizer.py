@@ -36,27 +36,15 @@ def test_polar_express_of_deficient_and_zero_matrices():
 
 
 def settings(**changed) -> dict:
-    return {
-        **dict(
-            muon_lr=0.02,
-            muon_weight_decay=1.0,
-            muon_beta2=0.95,
-            muon_polar_steps=5,
-            embed_lr=0.01,
-            embed_betas=(0.7, 0.95),
-            scalar_lr=0.01,
-            scalar_betas=(0.9, 0.95),
-            adam_eps=1e-10,
-        ),
-        **changed,
-    }
+    muon = dict(muon_lr=0.02, muon_weight_decay=1.0, muon_beta2=0.95, muon_polar_steps=5)
+    embed, scalar = dict(embed_lr=0.01, embed_betas=(0.7, 0.95)), dict(scalar_lr=0.01, scalar_betas=(0.9, 0.95))
+    return {**muon, **embed, **scalar, "adam_eps": 1e-10, **changed}
 
 
 def small_model() -> KBERTForMaskedLM:
     torch.manual_seed(0)
-    return KBERTForMaskedLM(
-        KBERTConfig(vocab_size=70, num_hidden_layers=3, hidden_size=64, num_attention_heads=2, intermediate_size=128)
-    )
+    shape = dict(num_hidden_layers=3, hidden_size=64, num_attention_heads=2, intermediate_size=128)
+    return KBERTForMaskedLM(KBERTConfig(vocab_size=70, **shape))
 
 
 def test_every_parameter_is_in_one_group_and_muon_has_the_blocks_matrices():
@@ -65,12 +53,8 @@ def test_every_parameter_is_in_one_group_and_muon_has_the_blocks_matrices():
     in_muon = {id(p) for group in optimizer.muon for p in group.parameters}
     for name, p in model.named_parameters():
         assert (id(p) in in_muon) == (".blocks." in name and p.ndim == 2), name
-    assert {group.name: group.rows for group in optimizer.muon} == {
-        "muon.64x256": 3 * 4 * 4,
-        "muon.256x256": 4,
-        "muon.384x256": 2 * 4,
-        "muon.256x384": 4,
-    }
+    rows = {"muon.64x256": 3 * 4 * 4, "muon.256x256": 4, "muon.384x256": 2 * 4, "muon.256x384": 4}
+    assert {group.name: group.rows for group in optimizer.muon} == rows
 
 
 def test_a_zero_gradient_moves_nothing_and_makes_no_nan():
@@ -102,16 +86,13 @@ def test_muon_steps_have_the_size_that_lr_says():
     """A square matrix changes by about lr in spectral norm, whatever the gradient's size."""
     for size in (1e-6, 1.0, 1e6):
         model = small_model()
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        square = model.encoder.blocks[0].attention.out.weight
+        before = square.detach().clone()
         torch.manual_seed(1)
         for p in model.parameters():
             p.grad = size * torch.randn_like(p)
         Optimizer(model, rank=0, world_size=1, **settings(muon_weight_decay=0.0)).step(1.0, 0.95)
-        change = (
-            dict(model.named_parameters())["encoder.blocks.0.attention.out.weight"].detach()
-            - before["encoder.blocks.0.attention.out.weight"]
-        )
-        assert 0.7 * 0.02 < torch.linalg.svdvals(change).max() < 1.5 * 0.02
+        assert 0.7 * 0.02 < torch.linalg.svdvals(square.detach() - before).max() < 1.5 * 0.02
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -132,7 +113,7 @@ def test_the_embedding_follows_plain_adam(compiled):
     assert (moved - expected).norm() / expected.norm() < 4e-3  # updates travel in bf16
 
 
-# Run under torchrun: steps a model on one global batch of gradients, of which each rank holds its part, then saves the result.
+# Run under torchrun: steps a model on one global batch of gradients, of which each rank holds its part, and saves it.
 WORKER = """
 import sys, torch
 import torch.distributed as dist
@@ -156,7 +137,8 @@ with processes() as place:
             sent += input.numel() * input.element_size() * (place.world_size - 1) // shares
             return call(output, input, **more)
         return wrapped
-    whole, dist.reduce_scatter_tensor = dist.all_gather_into_tensor, counted(dist.reduce_scatter_tensor, place.world_size)
+    whole = dist.all_gather_into_tensor
+    dist.reduce_scatter_tensor = counted(dist.reduce_scatter_tensor, place.world_size)
     dist.all_gather_into_tensor = counted(whole, 1)
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
@@ -167,7 +149,7 @@ with processes() as place:
     assert sent == (last - first) * optimizer.bytes_sent(), (sent, optimizer.bytes_sent())
     dist.all_gather_into_tensor = whole
     state = optimizer.state_dict()
-    if place.first:
+    if place.rank == 0:
         torch.save({"model": model.state_dict(), "optimizer": state}, save)
 """
 
@@ -182,12 +164,8 @@ def run_worker(tmp_path, processes: int, first: int, last: int, load="-"):
 
 
 def assert_same(a, b):
-    a, b = torch.load(a), torch.load(b)
-    for part in ("model", "optimizer"):
-        assert a[part].keys() == b[part].keys()
-        for key in a[part]:
-            # Sums over ranks differ in their last bits, which bf16 products inside Muon may round apart.
-            torch.testing.assert_close(a[part][key], b[part][key], atol=2e-3, rtol=1e-3, msg=lambda m: f"{key}: {m}")
+    # Sums over ranks differ in their last bits, which bf16 products inside Muon may round apart.
+    torch.testing.assert_close(torch.load(a), torch.load(b), atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("world_size", (1, 8, 64))

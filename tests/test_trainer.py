@@ -17,12 +17,23 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_model import tiny
 
 import records.log
 import records.plot
 import trainer
-from conftest import GOLDEN, ROOT, SPECIALS, flags, lines, losses, metrics_of, run_python, sentences, write_documents
+from conftest import (
+    GOLDEN,
+    ROOT,
+    SPECIALS,
+    flags,
+    lines,
+    losses,
+    metrics_of,
+    run_python,
+    sentences,
+    tiny,
+    write_documents,
+)
 from dataloading import InputError, Loader, frozen_mask, read_manifest
 from hub_stand_in import Hub
 from model import KBERTConfig
