@@ -55,6 +55,11 @@ def descend(p: Tensor, update: Tensor, rates: Tensor) -> None:
     p.mul_(1 - rates[1] * (update * p > 0)).sub_(rates[0] * update)
 
 
+# By their names since torch 2.13, or of before.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class Group:
     """Parameters whose gradients form one stack of `rows` rows of shape `row`, sharded over ranks."""
 
@@ -63,6 +68,14 @@ class Group:
         self.rows = sum(p.numel() for p in parameters) // math.prod(row)
         self.share = -(-self.rows // world_size)  # rows of each rank, padding included
         self.state: dict[str, Tensor] = {}  # name -> [share, ...]
+        device = parameters[0].device
+        self.rates = torch.empty(2, device=device)  # learning rate and decay
+        self.weights = torch.zeros(self.share * world_size, *row, device=device)
+        at = 0
+        for p in parameters:  # becomes a view, so that one call updates all of them
+            view = self.weights.view(-1)[at : at + p.numel()].view(p.shape)
+            p.data = view.copy_(p.data)
+            at += p.numel()
 
     def reduce(self) -> None:
         """Starts summing gradients over ranks. A parameter that took no part has none: zero."""
@@ -74,7 +87,7 @@ class Group:
         self.pending = None
         if self.world_size > 1:
             self.gradient = self.stack.new_empty(self.share, *self.row)
-            self.pending = dist.reduce_scatter_tensor(self.gradient, self.stack, async_op=True)
+            self.pending = reduce_scatter(self.gradient, self.stack, async_op=True)
         else:
             self.gradient = self.stack
 
@@ -84,7 +97,7 @@ class Group:
         self.stack, self.pending = update, None
         if self.world_size > 1:
             self.stack = update.new_empty(self.share * self.world_size, *self.row)
-            self.pending = dist.all_gather_into_tensor(self.stack, update, async_op=True)
+            self.pending = all_gather(self.stack, update, async_op=True)
 
     def wait(self) -> None:
         if self.pending is not None:
@@ -93,11 +106,9 @@ class Group:
     @torch.no_grad()
     def apply(self, rule, lr: float, decay: float) -> None:
         """rule: `descend`, compiled or not."""
-        at, rates = 0, torch.tensor([lr, decay], device=self.stack.device)  # plain numbers would be compiled in
-        for p in self.parameters:
-            rows = p.numel() // math.prod(self.row)
-            rule(p.view(-1), self.stack[at : at + rows].view(-1), rates)
-            at += rows
+        for rate, value in zip(self.rates, (lr, decay)):
+            rate.fill_(value)  # a tensor made of numbers would have the host wait for the GPU
+        rule(self.weights.view(-1), self.stack.view(-1), self.rates)
         del self.stack, self.gradient
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -106,7 +117,7 @@ class Group:
         for key, share in self.state.items():
             if self.world_size > 1:
                 stack = share.new_empty(self.world_size * share.size(0), *share.shape[1:])
-                dist.all_gather_into_tensor(stack, share.contiguous())
+                all_gather(stack, share.contiguous())
             else:
                 stack = share
             whole[f"{self.name}.{key}"] = stack[: self.rows].cpu().clone()
@@ -156,13 +167,15 @@ class Adam(Group):
         self.lr, self.weight_decay, self.betas, self.eps = lr, 0.0, betas, eps
         self.rule = torch.compile(adam_update, dynamic=False) if compiled else adam_update
         zeros = torch.zeros(self.share, device=parameters[0].device)
+        self.unbias = zeros.new_empty(2)
         self.state = {"momentum": zeros, "second_moment": zeros.clone()}
 
     @torch.no_grad()
     def update(self, step: int) -> Tensor:
-        unbias = torch.tensor([1 - beta**step for beta in self.betas], device=self.gradient.device)
+        for unbias, beta in zip(self.unbias, self.betas):
+            unbias.fill_(1 - beta**step)
         momentum, second_moment = self.state["momentum"], self.state["second_moment"]
-        return self.rule(self.gradient, momentum, second_moment, unbias, *self.betas, self.eps)
+        return self.rule(self.gradient, momentum, second_moment, self.unbias, *self.betas, self.eps)
 
 
 class Optimizer:
