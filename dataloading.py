@@ -29,6 +29,7 @@ import torch
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
 MAX_VOCAB_SIZE = 2**16  # tokens are stored as uint16
+LABEL_END, NO_LABEL = 65535, 65534  # in labelled shards: `[CLS] label 65535 text [SEP] text_pair [SEP]`
 SPECIAL_TOKENS = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]", "unk": "[UNK]"}
 
 
