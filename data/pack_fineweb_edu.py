@@ -60,6 +60,12 @@ def tokenize(folder: Path, texts: list[str]) -> list[np.ndarray]:
     return [np.array(encoding.ids, dtype="<u2") for encoding in encodings]
 
 
+def usable_cores() -> int:
+    """Those this process may run on: fewer than the machine's in a container, a batch job or under taskset."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 60)  # Windows allows no more processes in a pool
+
+
 def end_with_parent() -> None:
     """A worker whose parent was killed would wait for work for ever."""
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
@@ -226,8 +232,7 @@ def main() -> None:
         raise InputError(f"--shard {args.shard} is not I/N with I from 0 to N - 1, such as 0/4")
 
     _, tokenizer = bring_tokenizer(args.tokenizer, args.out)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, 60)  # Windows allows no more
+    workers = usable_cores()
     with start_workers(args.out / "tokenizer", workers) as pool:
         pack_source(args, part, parts, tokenizer, pool, ahead=2 * workers)
     if parts > 1 and not merge_parts(args.out, parts):

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import multiprocessing
 import os
 import random
 import runpy
@@ -340,6 +341,26 @@ def test_the_packages_of_the_sample_do_not_follow_requirements(tmp_path, monkeyp
     assert make_sample.required_packages() == packages
     (tmp_path / "requirements.txt").write_text("ruff\n")
     assert make_sample.required_packages() == packages
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a system that ties a process to cores")
+def test_the_sample_is_read_by_as_many_processes_as_there_are_usable_cores(monkeypatch):
+    """In a container or a batch job, the host may have many more."""
+    running = []
+
+    def progress(iterable, **_):
+        running.append(len(multiprocessing.active_children()))
+        return iterable
+
+    allowed = os.sched_getaffinity(0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(make_sample, "tqdm", progress)
+    try:
+        os.sched_setaffinity(0, [min(allowed)])
+        assert make_sample.read_documents(["tqdm"])
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert running == [1]
 
 
 def pairs_of(directory: Path) -> dict[str, list[dict]]:
