@@ -1,6 +1,7 @@
 """Shards -> documents -> windows -> packed rows -> device. Knows nothing of the model.
 
-    shard      the .bin of llm.c and modded-nanogpt: 256 int32 of header (20240520, 1, number of tokens), then uint16 tokens
+    shard      the .bin of llm.c and modded-nanogpt: 256 int32 of header (20240520, 1, number of tokens), then the
+               tokens as uint16
     document   [CLS] tokens ... [SEP], contiguous in a shard
     window     a document, or a piece of one that is longer than `max_length`, with a [CLS] and a [SEP] of its own
     row        what one forward takes: whole windows side by side, `row_tokens` in all, padding only at the end
@@ -28,6 +29,7 @@ import torch
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
 MAX_VOCAB_SIZE = 2**16  # tokens are stored as uint16
+LABEL_END, NO_LABEL = 65535, 65534  # in labelled shards: `[CLS] label 65535 text [SEP] text_pair [SEP]`
 SPECIAL_TOKENS = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]", "unk": "[UNK]"}
 
 
@@ -77,7 +79,8 @@ def read_manifest(directory: Path) -> dict:
     {"format": 1,
      "tokenizer": {"name", "sha256" (of tokenizer/tokenizer.json), "vocab_size", "cls", "sep", "pad", "mask", "unk"},
      "source": {...}, "split_rule": "...",
-     "shards": {file name: {"split": "train" | "valid" | "test" (labelled sets: as in the set), "tokens", "documents", "sha256"}}}
+     "shards": {file name: {"split": "train" | "valid" | "test" (a labelled set has its own), "tokens", "documents",
+                            "sha256"}}}
     """
     path = directory / "manifest.json"
     if not path.exists():
@@ -92,7 +95,8 @@ def read_manifest(directory: Path) -> dict:
         raise InputError(f"{path} is not a manifest ({error!r}): delete it and build the data again") from error
     if vocab_size > MAX_VOCAB_SIZE:
         raise InputError(
-            f"{path}: a vocabulary of {vocab_size:,} does not fit in uint16 shards: use one of at most {MAX_VOCAB_SIZE:,}"
+            f"{path}: a vocabulary of {vocab_size:,} does not fit in uint16 shards: "
+            f"use one of at most {MAX_VOCAB_SIZE:,}"
         )
     tokenizer = directory / "tokenizer" / "tokenizer.json"
     if tokenizer.exists() and sha256_of(tokenizer) != manifest["tokenizer"]["sha256"]:
@@ -102,7 +106,8 @@ def read_manifest(directory: Path) -> dict:
     for name, entry in shards.items():
         if len(read_shard(directory / name)) != entry["tokens"]:
             raise InputError(
-                f"{directory / name} does not have the {entry['tokens']:,} tokens that manifest.json names: build or download it again"
+                f"{directory / name} does not have the {entry['tokens']:,} tokens that manifest.json names: "
+                "build or download it again"
             )
     return manifest
 
@@ -125,14 +130,10 @@ def find_windows(tokens: np.ndarray, max_length: int, cls: int, sep: int) -> tup
     A document whose text is longer than max_length - 2 is cut into the fewest pieces, of equal length to one token.
     A shard may begin in the middle of a document, and its last document may lack its [SEP].
     """
-    chunks = [
-        cls_at + lo
-        for lo in range(0, len(tokens), SCAN_TOKENS)
-        if len(cls_at := np.flatnonzero(tokens[lo : lo + SCAN_TOKENS] == cls))
-    ]
-    cls_at = np.concatenate([[-1], *chunks]).astype(
-        np.int64
-    )  # -1: a [CLS] before the shard, for a document that began in another
+    chunks = range(0, len(tokens), SCAN_TOKENS)
+    found = [lo + np.flatnonzero(tokens[lo : lo + SCAN_TOKENS] == cls) for lo in chunks]
+    # A [CLS] before the shard, for a document that began in another.
+    cls_at = np.concatenate([[-1], *found]).astype(np.int64)
     start = cls_at + 1
     end = np.append(cls_at[1:], len(tokens))
     end -= (end > start) & (tokens[np.maximum(end - 1, 0)] == sep) if len(tokens) else 0
@@ -150,16 +151,15 @@ def check_vocabulary(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     largest = max((int(tokens[lo : lo + SCAN_TOKENS].max()) for lo in range(0, len(tokens), SCAN_TOKENS)), default=0)
     if largest >= vocab_size:
         raise InputError(
-            f"{path} holds token id {largest}, beyond the vocabulary of {vocab_size}: pack it again with its manifest's tokenizer"
+            f"{path} holds token id {largest}, beyond the vocabulary of {vocab_size}: "
+            "pack it again with its manifest's tokenizer"
         )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Windows -> rows
 
-LOOK_AHEAD = (
-    512  # windows to choose from when closing a row. Padding on real text at 8k rows: see tests/test_dataloading.py
-)
+LOOK_AHEAD = 512  # windows to choose from when closing a row: enough for padding under 0.5% of rows of 8k tokens
 
 
 class RowStream:
@@ -170,16 +170,7 @@ class RowStream:
     `state` is the position after the last row: plain ints, independent of the number of ranks.
     """
 
-    def __init__(
-        self,
-        shards: list[Path],
-        specials: dict,
-        row_tokens: int,
-        max_length: int,
-        seed: int | None,
-        max_tokens: int | None = None,
-        state: dict | None = None,
-    ):
+    def __init__(self, shards: list[Path], specials: dict, row_tokens, max_length, seed, max_tokens=None, state=None):
         """seed None: one epoch in the order on disk, up to max_tokens of text. Otherwise: endless epochs, shuffled."""
         if max_length > row_tokens:
             raise InputError(
@@ -328,7 +319,7 @@ class Row:
 
 
 class Loader:
-    """Iterates over this rank's rows, from the first each time; a background thread packs, pins and copies them ahead of the step.
+    """Iterates over this rank's rows, from the first each time; a background thread packs, pins and copies them ahead.
 
     A round is `world_size` consecutive rows, one a rank. A stream that ends fills its last round with empty rows.
     Restoring `state` (of any row, under any number of ranks) continues at the exact next row.
@@ -356,40 +347,36 @@ class Loader:
                 f"{directory / 'manifest.json'} lists no {split} shards: download or pack them, for example "
                 f"`python data/pack_fineweb_edu.py --out {directory}`"
             )
-        self.specials = manifest["tokenizer"]
-        self.row_tokens, self.rank, self.world_size, self.device, self.rows_ahead = (
-            row_tokens,
-            rank,
-            world_size,
-            torch.device(device),
-            rows_ahead,
-        )
+        self.specials, self.row_tokens, self.rows_ahead = manifest["tokenizer"], row_tokens, rows_ahead
+        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.first_index = state["index"] if state else 0
         self.new_stream = lambda: RowStream(shards, self.specials, row_tokens, max_length, seed, max_tokens, state)
-        self.stream = self.new_stream()  # now, so that what cannot be fed is said here
-        self.shard_starts = np.cumsum([0] + [len(tokens) for tokens in self.stream.tokens])
+        # Now, so that what cannot be fed is said here, and the first shard scanned before a clock runs.
+        self.first_stream: RowStream | None = self.new_stream()
+        self.shard_starts = np.cumsum([0] + [len(tokens) for tokens in self.first_stream.tokens])
 
     def __iter__(self) -> Iterator[Row]:
-        return in_background(self._rows(), self.rows_ahead)
+        stream, self.first_stream = self.first_stream or self.new_stream(), None
+        return in_background(self._rows(stream), self.rows_ahead)
 
-    def _rows(self) -> Iterator[Row]:
-        self.stream, index = self.new_stream(), self.first_index
+    def _rows(self, stream: RowStream) -> Iterator[Row]:
+        index = self.first_index
         while True:
-            rounds = [self.stream.next_row() or [] for _ in range(self.world_size)]
+            rounds = [stream.next_row() or [] for _ in range(self.world_size)]
             if not any(rounds):
                 return
-            state = {"index": index + self.world_size, **self.stream.state}
-            yield self._build(index + self.rank, rounds[self.rank], rounds, state)
+            state = {"index": index + self.world_size, **stream.state}
+            yield self._build(index + self.rank, rounds, stream.tokens, state)
             index += self.world_size
 
-    def _build(self, index: int, windows: list[tuple[int, int, int]], rounds: list[list], state: dict) -> Row:
-        size = self.row_tokens
+    def _build(self, index: int, rounds: list[list], tokens: list[np.ndarray], state: dict) -> Row:
+        windows, size = rounds[self.rank], self.row_tokens
         input_ids = np.full(size, self.specials["pad"], dtype=np.int32)
         offsets = np.full(size, -1, dtype=np.int64)
         at = 0
         for shard, start, length in windows:
             input_ids[at] = self.specials["cls"]
-            input_ids[at + 1 : at + 1 + length] = self.stream.tokens[shard][start : start + length]
+            input_ids[at + 1 : at + 1 + length] = tokens[shard][start : start + length]
             input_ids[at + 1 + length] = self.specials["sep"]
             first = self.shard_starts[shard] + start
             offsets[at + 1 : at + 1 + length] = np.arange(first, first + length)

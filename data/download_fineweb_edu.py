@@ -1,4 +1,4 @@
-"""Downloads packed fineweb-edu (ModernBERT's tokens, about 100M a shard): N shards to train, one to validate, one to test.
+"""Downloads packed fineweb-edu (ModernBERT's tokens, 100M a shard): N shards to train, one to validate, one to test.
 
     python data/download_fineweb_edu.py --num_chunks 10
 
@@ -25,7 +25,7 @@ TOKENIZER = "answerdotai/ModernBERT-base"
 
 
 def list_shards(repo: str, pattern: str) -> tuple[str, dict[str, tuple]]:
-    """The commit of a dataset repo, and {name: (split, file on the Hub)} of its shards in order; the split is group 1."""
+    """The commit of a dataset repo, and {name: (split, file on the Hub)} of its shards; the split is group 1."""
     from huggingface_hub import HfApi
 
     with reading(f"{repo} on the Hugging Face Hub"):
@@ -85,55 +85,41 @@ def download_shards(repo: str, revision: str, remotes: dict, out: Path, threads:
         with ThreadPoolExecutor(threads) as pool:
             failed = [fault for fault in pool.map(fetch, remotes) if fault]
     if failed:
-        raise InputError(
-            f"{len(failed)} of {len(remotes)} files failed, run the same command again: {'; '.join(failed)}"
-        )
+        faults = "; ".join(failed)
+        raise InputError(f"{len(failed)} of {len(remotes)} files failed, run the same command again: {faults}")
 
 
-def write_download_manifest(
-    out: Path, repo: str, revision: str, splits: dict[str, str], tokenizer: dict, mark: int
-) -> None:
+def write_download_manifest(out: Path, source: dict, splits: dict[str, str], tokenizer: dict, mark: int) -> None:
     """`mark` is the token that occurs exactly once in each document."""
     shards = {}
     for name, split in tqdm(splits.items(), unit="file", desc="manifest"):
         tokens = read_shard(out / name)
         documents = sum(int(np.count_nonzero(tokens[i : i + 2**24] == mark)) for i in range(0, len(tokens), 2**24))
         shards[name] = {"split": split, "tokens": len(tokens), "documents": documents, "sha256": sha256_of(out / name)}
-    write_manifest(
-        out,
-        {
-            "format": 1,
-            "tokenizer": tokenizer,
-            "source": {"dataset": repo, "revision": revision},
-            "split_rule": "as published",
-            "shards": shards,
-        },
-    )
+    manifest = {"format": 1, "tokenizer": tokenizer, "source": source, "split_rule": "as published", "shards": shards}
+    write_manifest(out, manifest)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--num_chunks", type=int, required=True, help="training shards, of about 100M tokens and 200 MB each"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("data/fineweb_edu"), help="folder for shards, manifest and tokenizer"
-    )
-    parser.add_argument("--threads", type=int, default=8, help="files fetched at the same time")
+    flag = parser.add_argument
+    flag("--num_chunks", type=int, required=True, help="training shards, of about 100M tokens and 200 MB each")
+    flag("--out", type=Path, default=Path("data/fineweb_edu"), help="folder for shards, manifest and tokenizer")
+    flag("--threads", type=int, default=8, help="files fetched at the same time")
     args = parser.parse_args()
     revision, found = list_shards(REPO, r"fwedu_(train|valid|test)_(\d{6})\.bin")
     train = [name for name, (split, _) in found.items() if split == "train"]
     if not 1 <= args.num_chunks <= len(train):
-        raise InputError(
-            f"--num_chunks {args.num_chunks} is not between 1 and {len(train)}, the training shards of {REPO}"
-        )
+        most = f"{len(train)}, the training shards of {REPO}"
+        raise InputError(f"--num_chunks {args.num_chunks} is not between 1 and {most}")
     wanted = train[: args.num_chunks] + ["fwedu_valid_000000.bin", "fwedu_test_000000.bin"]
     if missing := [name for name in wanted if name not in found]:
         raise InputError(f"{REPO} has no {', '.join(missing)}")
     download_shards(REPO, revision, {name: found[name][1] for name in wanted}, args.out, args.threads)
     _, tokenizer = bring_tokenizer(TOKENIZER, args.out)
     splits = {name: found[name][0] for name in wanted}
-    write_download_manifest(args.out, REPO, revision, splits, tokenizer, tokenizer["cls"])
+    source = {"dataset": REPO, "revision": revision}
+    write_download_manifest(args.out, source, splits, tokenizer, tokenizer["cls"])
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.download_fineweb_edu import TOKENIZER, download_shards, list_shards, write_download_manifest
-from data.pack_mnli import LABEL_END
 from data.train_tokenizer import bring_tokenizer
-from dataloading import InputError
+from dataloading import LABEL_END, InputError
 
 REPO = "lapp0/packed_glue_mnli"
 
@@ -32,7 +31,8 @@ def main() -> None:
         raise InputError(f"{REPO} has no shard of {', '.join(sorted(missing))}")
     download_shards(REPO, revision, {name: remote for name, (_, remote) in found.items()}, args.out, args.threads)
     _, tokenizer = bring_tokenizer(TOKENIZER, args.out)
-    write_download_manifest(args.out, REPO, revision, splits, tokenizer, LABEL_END)
+    source = {"dataset": REPO, "revision": revision}
+    write_download_manifest(args.out, source, splits, tokenizer, LABEL_END)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Builds a sample to train and finetune on with no network: the English in the documentation strings of Python and of the
-packages this project requires, a tokenizer trained on it, and a labelled pair task made from it.
+"""Builds a sample to train and finetune on with no network: the English in the documentation strings of Python and of
+some packages that are installed here, a tokenizer trained on it, and a labelled pair task made from it.
 
     python data/make_sample.py
     python data/make_sample.py --vocab_size 16384 --out data/sample_16k
 
-Beside shards and manifest lies pairs/{train,validation,test}.jsonl: does this description (`text_pair`) belong to this summary
-(`text`)? Label 1: both are of one documentation string; label 0: the description is of another package's.
+Beside shards and manifest lies pairs/{train,validation,test}.jsonl: does this description (`text_pair`) belong to this
+summary (`text`)? Label 1: both are of one documentation string; label 0: the description is of another package's.
 Every summary and every description is used once, so that none gives its label away by turning up twice.
 The same environment gives the same bytes.
 """
@@ -32,18 +32,19 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data.pack_fineweb_edu import SPLITS, ShardWriter
+from data.pack_fineweb_edu import SPLITS, ShardWriter, usable_cores
 from data.train_tokenizer import bring_tokenizer, describe_split, digest_of, split_of, train_tokenizer
 from dataloading import InputError, write_manifest
 
+# Not requirements.txt, which may change: the sample of records must not, and it is the documentation of these packages.
+PACKAGES = ["torch", "numpy", "huggingface-hub", "datasets", "transformers", "tqdm"]
+PACKAGES += ["scikit-learn", "scipy", "matplotlib", "pytest"]
 MIN_CHARACTERS = 150
 SPLIT_FRACTIONS = (0.05, 0.05)  # a small corpus: 1% would be too little to tell two runs apart
 PAIR_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 PROSE = re.compile(r"[A-Z][^\n]*(?:\n[A-Za-z][^\n]*)*\Z")  # starts like a sentence, no line indented or a list item
 SECTION = re.compile(r"(?:^|\n)(?:[-=~^]{3,}|\S.{0,40}:$|:\w+|\.\. |@\w+)", re.MULTILINE)
-LONGEST_DESCRIPTION = (
-    240  # characters of a pair's second text: short examples, so that a laptop sees thousands in a minute
-)
+LONGEST_DESCRIPTION = 240  # characters of a pair's second text: a laptop should see thousands of pairs in a minute
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,9 +52,8 @@ LONGEST_DESCRIPTION = (
 
 
 def required_packages() -> dict[str, str]:
-    """Name and version of every installed package that requirements.txt asks for, and of those that these ask for."""
-    waiting = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1].isalnum()]
-    found = {}
+    """Name and version of Python, of every installed package in PACKAGES, and of those that these ask for."""
+    waiting, found = list(PACKAGES), {}
     while waiting:
         name = re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", waiting.pop())[0]).lower()
         try:
@@ -89,10 +89,8 @@ def read_docstrings(path: str) -> list[str]:
         nodes += [child for child in getattr(node, "body", ()) if hasattr(child, "body")]
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
-            paragraphs = [
-                part.rstrip() for part in re.split(r"\n\s*\n", text) if ">>>" not in part and "```" not in part
-            ]
-            text = "\n\n".join(paragraphs)
+            paragraphs = [part.rstrip() for part in re.split(r"\n\s*\n", text)]
+            text = "\n\n".join(part for part in paragraphs if ">>>" not in part and "```" not in part)
             if len(text) >= MIN_CHARACTERS and sum(map(str.isalpha, text)) >= 0.6 * len(text):
                 docstrings.append(text)
     return docstrings
@@ -102,8 +100,8 @@ def read_documents(packages: list[str]) -> list[tuple[str, str]]:
     """(package, text), no paragraph of more than a few words twice, names and numbers in it disregarded."""
     files = [(package, path) for package in packages for path in source_files(package)]
     documents, seen = [], set()
-    # spawn: the caller may hold threads and locks that a fork would copy; gc: a syntax tree is many objects and no cycles
-    with multiprocessing.get_context("spawn").Pool(initializer=gc.disable) as pool:
+    # spawn: the caller may hold threads and locks that a fork would copy; gc: syntax trees are many objects, no cycles
+    with multiprocessing.get_context("spawn").Pool(usable_cores(), initializer=gc.disable) as pool:
         read = pool.imap(read_docstrings, [path for _, path in files], chunksize=32)
         for (package, _), docstrings in zip(files, tqdm(read, total=len(files), unit="file", desc="reading")):
             for text in docstrings:
@@ -147,21 +145,17 @@ def make_pairs(documents: list[tuple[str, str]]) -> dict[str, list[dict]]:
             groups[split_of(text, *SPLIT_FRACTIONS)].append((package, *pair))
     pairs = {}
     for split, group in groups.items():
-        # Half stay as they are. In the other half each summary gets its successor's description: of packages in equal shares, and of
-        # equal lengths, so that neither text tells the label by itself.
+        # Half stay as they are. In the other half each summary gets its successor's description: of packages in equal
+        # shares, and of equal lengths, so that neither text tells the label by itself.
         group.sort(key=lambda pair: digest_of(pair[1]))
         chosen, kept = group[::2], group[1::2]
-        swapped = [
-            (summary, other)
-            for (package, summary, _), (theirs, _, other) in zip(chosen, chosen[1:] + chosen[:1])
-            if package != theirs
-        ]
+        successors = zip(chosen, chosen[1:] + chosen[:1])
+        swapped = [(summary, other) for (mine, summary, _), (theirs, _, other) in successors if mine != theirs]
         number = min(len(kept), len(swapped))
         rows = [(*pair, 1) for _, *pair in kept[:number]] + [(*pair, 0) for pair in swapped[:number]]
-        pairs[split] = [
-            {"text": text, "text_pair": text_pair, "label": label, "idx": idx}
-            for idx, (text, text_pair, label) in enumerate(sorted(rows, key=lambda row: digest_of(row[0])))
-        ]
+        rows.sort(key=lambda row: digest_of(row[0]))
+        columns = ("text", "text_pair", "label", "idx")
+        pairs[split] = [dict(zip(columns, (*row, idx))) for idx, row in enumerate(rows)]
     return pairs
 
 
@@ -189,22 +183,14 @@ def make_sample(out: Path, vocab_size: int = 8192, packages: list[str] | None = 
         writer = ShardWriter(build, "sample", 100_000_000, tokenizer["cls"], tokenizer["sep"])
         for start in tqdm(range(0, len(texts), 2000), unit="batch", desc="packing"):
             batch = slice(start, start + 2000)
-            for split, encoding in zip(
-                splits[batch], backend.encode_batch_fast(texts[batch], add_special_tokens=False)
-            ):
+            encodings = backend.encode_batch_fast(texts[batch], add_special_tokens=False)
+            for split, encoding in zip(splits[batch], encodings):
                 writer.add(split, encoding.ids)
         for split in SPLITS:
             writer.flush(split)
-        write_manifest(
-            build,
-            {
-                "format": 1,
-                "tokenizer": tokenizer,
-                "shards": writer.shards,
-                "source": {"documentation": {name: versions.get(name) for name in packages or versions}},
-                "split_rule": describe_split(*SPLIT_FRACTIONS),
-            },
-        )
+        source = {"documentation": {name: versions.get(name) for name in packages or versions}}
+        manifest = {"format": 1, "tokenizer": tokenizer, "shards": writer.shards, "source": source}
+        write_manifest(build, {**manifest, "split_rule": describe_split(*SPLIT_FRACTIONS)})
         if out.exists():
             os.replace(out, Path(directory) / "old")
         os.replace(build, out)
@@ -212,12 +198,9 @@ def make_sample(out: Path, vocab_size: int = 8192, packages: list[str] | None = 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "data" / "sample", help="folder; an older sample there is replaced"
-    )
-    parser.add_argument(
-        "--vocab_size", type=int, default=8192, help="entries of the tokenizer, special tokens included"
-    )
+    flag = parser.add_argument
+    flag("--out", type=Path, default=ROOT / "data" / "sample", help="folder; an older sample there is replaced")
+    flag("--vocab_size", type=int, default=8192, help="entries of the tokenizer, special tokens included")
     args = parser.parse_args()
     make_sample(args.out, args.vocab_size)
 

@@ -4,14 +4,15 @@
     python data/pack_fineweb_edu.py --dataset wikimedia/wikipedia --name 20231101.en --out data/wikipedia
     python data/pack_fineweb_edu.py --files 'corpus/*.jsonl.xz' --tokenizer data/my_tokenizer --out data/corpus
 
-Each document becomes `[CLS] tokens ... [SEP]`, and lies whole in one shard. A hash of its text decides its split, so a text
-that occurs twice stays on one side. The same command run again after a kill continues where the last shard ended, and the
-result is byte for byte that of a run that was never stopped.
+Each document becomes `[CLS] tokens ... [SEP]`, and lies whole in one shard. A hash of its text decides its split, so a
+text that occurs twice stays on one side. The same command run again after a kill continues where the last shard ended,
+and the result is byte for byte that of a run that was never stopped.
 
 The work can be shared out with `--shard 0/4` ... `--shard 3/4` (over files where their number divides evenly, otherwise
-over documents, which all machines then read). Part i of n numbers its shards i, i + n, i + 2n, ..., so nothing collides,
-and leaves manifest_part_{i}of{n}.json. The part that ends last merges these into manifest.json; on machines that share no
-disk, copy their folders into one and run any of the commands there again: it finds its part done and merges.
+over documents, which all machines then read). Part i of n numbers its shards i, i + n, i + 2n, ..., so nothing
+collides, and leaves manifest_part_{i}of{n}.json. The part that ends last merges these into manifest.json; on machines
+that share no disk, copy their folders into one and run any of the commands there again: it finds its part done and
+merges.
 """
 
 from __future__ import annotations
@@ -55,10 +56,14 @@ def backend_in(folder: Path):
 
 
 def tokenize(folder: Path, texts: list[str]) -> list[np.ndarray]:
-    return [
-        np.array(encoding.ids, dtype="<u2")
-        for encoding in backend_in(folder).encode_batch_fast(texts, add_special_tokens=False)
-    ]
+    encodings = backend_in(folder).encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array(encoding.ids, dtype="<u2") for encoding in encodings]
+
+
+def usable_cores() -> int:
+    """Those this process may run on: fewer than the machine's in a container, a batch job or under taskset."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 60)  # Windows allows no more processes in a pool
 
 
 def end_with_parent() -> None:
@@ -67,7 +72,7 @@ def end_with_parent() -> None:
 
 
 def start_workers(folder: Path, count: int) -> ProcessPoolExecutor:
-    """Processes, since the threads of `tokenizers` lose a third to the rest: reading, and turning ids into arrays, which processes do side by side."""
+    """Processes, each of which turns ids into arrays: for the threads of `tokenizers` one Python thread would do it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     pool = ProcessPoolExecutor(count, initializer=end_with_parent)
     backend_in(folder)  # where processes are forked, they have it too
@@ -110,12 +115,8 @@ class ShardWriter:
         path = self.out / f"{self.prefix}_{split}_{index:06d}.bin"
         tokens = np.concatenate(self.pending[split])
         write_shard(path, tokens)
-        self.shards[path.name] = {
-            "split": split,
-            "tokens": len(tokens),
-            "documents": int((tokens == self.cls).sum()),
-            "sha256": sha256_of(path),
-        }
+        entry = {"split": split, "tokens": len(tokens), "documents": int((tokens == self.cls).sum())}
+        self.shards[path.name] = {**entry, "sha256": sha256_of(path)}
         self.pending[split], self.waiting[split] = [], 0
 
     def save(self, path: Path, settings: dict, position: list) -> None:
@@ -139,21 +140,12 @@ class ShardWriter:
 
 def check_settings(path: Path, found: dict, wanted: dict) -> None:
     if different := [key for key in wanted if found.get(key) != wanted[key]]:
-        raise InputError(
-            f"{path} was made with another {', '.join(different)}: choose another --out, or delete that folder"
-        )
+        names = ", ".join(different)
+        raise InputError(f"{path} was made with another {names}: choose another --out, or delete that folder")
 
 
-def pack(
-    encoded,
-    writer: ShardWriter,
-    state_path: Path,
-    settings: dict,
-    fractions: tuple[float, float],
-    max_tokens: int | None,
-    size: float,
-) -> None:
-    """Moves documents from the stream to the writer; `size` is the characters to come, for the estimate of the time left."""
+def pack(encoded, writer: ShardWriter, state_path: Path, settings: dict, fractions, max_tokens, size: float) -> None:
+    """Moves documents from the stream to the writer; `size`: characters to come, for the estimate of the time left."""
     tokens = sum(entry["tokens"] for entry in writer.shards.values()) + sum(writer.waiting.values())
     with tqdm(total=max_tokens, initial=tokens, unit="tok", unit_scale=True, desc="packing", mininterval=1) as bar:
         for texts, ids_of_texts, position in encoded:
@@ -190,9 +182,7 @@ def merge_parts(out: Path, parts: int) -> bool:
     return True
 
 
-def pack_source(
-    args: argparse.Namespace, part: int, parts: int, tokenizer: dict, pool: ProcessPoolExecutor, ahead: int
-) -> None:
+def pack_source(args: argparse.Namespace, part: int, parts: int, tokenizer: dict, pool, ahead: int) -> None:
     """One part of the work, from the source to its manifest."""
     stream, sizes, source = open_source(args)
     fractions = (args.valid_fraction, args.test_fraction)
@@ -211,15 +201,8 @@ def pack_source(
         texts = in_background(read_texts(stream, sizes, args.text_field, args.batch_characters, part, parts, position))
         max_tokens = None if args.max_tokens is None else args.max_tokens // parts
         with contextlib.closing(texts):
-            pack(
-                encode(pool, args.out / "tokenizer", texts, ahead),
-                writer,
-                state_path,
-                settings,
-                fractions,
-                max_tokens,
-                sum(sizes) / parts,
-            )
+            encoded = encode(pool, args.out / "tokenizer", texts, ahead)
+            pack(encoded, writer, state_path, settings, fractions, max_tokens, sum(sizes) / parts)
         for split in SPLITS:
             writer.flush(split)
         write_json(args.out / name, {**settings, "shards": dict(sorted(writer.shards.items()))})
@@ -233,21 +216,13 @@ def pack_source(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_source_flags(parser)
-    parser.add_argument("--tokenizer", default="answerdotai/ModernBERT-base", help="Hub id or folder of the tokenizer")
-    parser.add_argument(
-        "--out", type=Path, default=Path("data/fineweb_edu"), help="folder for shards and all that belongs to them"
-    )
-    parser.add_argument("--prefix", help="first part of the shards' names (fwedu for fineweb-edu, otherwise text)")
-    parser.add_argument(
-        "--shard_size",
-        type=int,
-        default=100_000_000,
-        help="tokens in a shard, at most (a longer document has a shard of its own)",
-    )
-    parser.add_argument(
-        "--max_tokens", type=int, help="stop at this many tokens, all splits and parts together (no end)"
-    )
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="do part I of N (I from 0) of the work")
+    flag, largest = parser.add_argument, "tokens in a shard, at most (a longer document has a shard of its own)"
+    flag("--tokenizer", default="answerdotai/ModernBERT-base", help="Hub id or folder of the tokenizer")
+    flag("--out", type=Path, default=Path("data/fineweb_edu"), help="folder for shards and all that belongs to them")
+    flag("--prefix", help="first part of the shards' names (fwedu for fineweb-edu, otherwise text)")
+    flag("--shard_size", type=int, default=100_000_000, help=largest)
+    flag("--max_tokens", type=int, help="stop at this many tokens, all splits and parts together (no end)")
+    flag("--shard", default="0/1", metavar="I/N", help="do part I of N (I from 0) of the work")
     args = parser.parse_args()
     try:
         part, parts = (int(number) for number in args.shard.split("/"))
@@ -257,8 +232,7 @@ def main() -> None:
         raise InputError(f"--shard {args.shard} is not I/N with I from 0 to N - 1, such as 0/4")
 
     _, tokenizer = bring_tokenizer(args.tokenizer, args.out)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, 60)  # Windows allows no more
+    workers = usable_cores()
     with start_workers(args.out / "tokenizer", workers) as pool:
         pack_source(args, part, parts, tokenizer, pool, ahead=2 * workers)
     if parts > 1 and not merge_parts(args.out, parts):
@@ -271,6 +245,5 @@ if __name__ == "__main__":
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except BrokenExecutor:
-        sys.exit(
-            "error: a process that tokenizes has died, of too little memory perhaps: run the same command again, it continues"
-        )
+        died = "a process that tokenizes has died, of too little memory perhaps"
+        sys.exit(f"error: {died}: run the same command again, it continues")

@@ -1,12 +1,13 @@
-"""Packs a labelled set, MNLI unless told otherwise: each document becomes `[CLS] label 65535 text [SEP] text_pair [SEP]`.
+"""Packs a labelled set (MNLI by default): each document becomes `[CLS] label 65535 text [SEP] text_pair [SEP]`.
 
     python data/pack_mnli.py --out data/mnli
-    python data/pack_mnli.py --files train=reviews.csv test='held_out/*.csv' --text review --text_pair none --label stars \\
-        --prefix reviews --out data/reviews
+    python data/pack_mnli.py --files train=reviews.csv test='held_out/*.csv' --text review --text_pair none \\
+        --label stars --prefix reviews --out data/reviews
 
-Labels are the set's own whole numbers; labels that are words are numbered in alphabetical order over all splits and listed
-in the manifest. A missing label (-1 in GLUE's test sets) is stored as 65534. One shard a split, {prefix}_{split}_000000.bin.
-A label may equal the id of [CLS]: documents are found by their 65535, two tokens after their start.
+Labels are the set's own whole numbers; labels that are words are numbered in alphabetical order over all splits and
+listed in the manifest. A missing label (-1 in GLUE's test sets) is stored as 65534. One shard a split,
+{prefix}_{split}_000000.bin. A label may equal the id of [CLS]: documents are found by their 65535, two tokens after
+their start.
 """
 
 from __future__ import annotations
@@ -21,10 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.train_tokenizer import READERS, bring_tokenizer, reading
-from dataloading import InputError, sha256_of, write_manifest, write_shard
-
-LABEL_END = 65535  # between the label and the text
-NO_LABEL = 65534
+from dataloading import LABEL_END, NO_LABEL, InputError, sha256_of, write_manifest, write_shard
 
 
 def open_splits(args: argparse.Namespace):
@@ -40,15 +38,13 @@ def open_splits(args: argparse.Namespace):
         return splits, {"dataset": args.dataset, "name": name, "revision": revision}
     files = {split: sorted(glob.glob(pattern)) for split, _, pattern in (item.partition("=") for item in args.files)}
     if empty := [split for split in files if not files[split]]:
-        raise InputError(
-            f"no file matches --files {', '.join(empty)}=...: write SPLIT=GLOB, such as train='reviews/*.csv'"
-        )
+        missing = ", ".join(empty)
+        raise InputError(f"no file matches --files {missing}=...: write SPLIT=GLOB, such as train='reviews/*.csv'")
     kinds = {Path(path).suffix for paths in files.values() for path in paths}
     readers = {**READERS, ".csv": "csv"}
     if len(kinds) > 1 or not kinds <= set(readers):
-        raise InputError(
-            f"--files must be all .csv, all .json or .jsonl, or all .parquet, found {', '.join(sorted(kinds))}"
-        )
+        found = ", ".join(sorted(kinds))
+        raise InputError(f"--files must be all .csv, all .json or .jsonl, or all .parquet, found {found}")
     with reading(f"--files {' '.join(args.files)}"):
         splits = load_dataset(readers[kinds.pop()], data_files=files)
     return splits, {"files": {split: [Path(path).name for path in paths] for split, paths in files.items()}}
@@ -70,23 +66,17 @@ def number_labels(splits: dict, column: str) -> tuple[dict, list | None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--dataset", default="nyu-mll/glue", help="labelled set on the Hugging Face Hub, all of its splits"
-    )
-    parser.add_argument("--name", help="configuration of --dataset (nyu-mll/glue: mnli unless given)")
-    parser.add_argument("--revision", help="commit, branch or tag of --dataset (its newest commit unless given)")
-    parser.add_argument(
-        "--files",
-        nargs="+",
-        metavar="SPLIT=GLOB",
-        help="read these files instead, all of one type: .csv, .json, .jsonl or .parquet",
-    )
-    parser.add_argument("--text", default="premise", help="column of the text")
-    parser.add_argument("--text_pair", default="hypothesis", help="column of the second text, none for single texts")
-    parser.add_argument("--label", default="label", help="column of the label")
-    parser.add_argument("--tokenizer", default="answerdotai/ModernBERT-base", help="Hub id or folder of the tokenizer")
-    parser.add_argument("--prefix", default="mnli", help="first part of the shards' names")
-    parser.add_argument("--out", type=Path, default=Path("data/mnli"), help="folder for shards, manifest and tokenizer")
+    flag, types = parser.add_argument, ".csv, .json, .jsonl or .parquet"
+    flag("--dataset", default="nyu-mll/glue", help="labelled set on the Hugging Face Hub, all of its splits")
+    flag("--name", help="configuration of --dataset (nyu-mll/glue: mnli unless given)")
+    flag("--revision", help="commit, branch or tag of --dataset (its newest commit unless given)")
+    flag("--files", nargs="+", metavar="SPLIT=GLOB", help=f"read these files instead, all of one type: {types}")
+    flag("--text", default="premise", help="column of the text")
+    flag("--text_pair", default="hypothesis", help="column of the second text, none for single texts")
+    flag("--label", default="label", help="column of the label")
+    flag("--tokenizer", default="answerdotai/ModernBERT-base", help="Hub id or folder of the tokenizer")
+    flag("--prefix", default="mnli", help="first part of the shards' names")
+    flag("--out", type=Path, default=Path("data/mnli"), help="folder for shards, manifest and tokenizer")
     args = parser.parse_args()
 
     columns = [args.text] if args.text_pair == "none" else [args.text, args.text_pair]
@@ -112,16 +102,9 @@ def main() -> None:
         path = args.out / f"{args.prefix}_{split}_000000.bin"
         write_shard(path, np.array(tokens, dtype="<u2"))
         shards[path.name] = {"split": split, "tokens": len(tokens), "documents": len(rows), "sha256": sha256_of(path)}
-    write_manifest(
-        args.out,
-        {
-            "format": 1,
-            "tokenizer": tokenizer,
-            "source": {**source, "columns": columns, "labels": names},
-            "split_rule": "as published",
-            "shards": shards,
-        },
-    )
+    source |= {"columns": columns, "labels": names}
+    manifest = {"format": 1, "tokenizer": tokenizer, "source": source, "split_rule": "as published", "shards": shards}
+    write_manifest(args.out, manifest)
 
 
 if __name__ == "__main__":

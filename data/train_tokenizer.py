@@ -3,8 +3,9 @@
     python data/train_tokenizer.py --vocab_size 32768 --max_characters 2_000_000_000 --out data/my_tokenizer
     python data/train_tokenizer.py --files 'corpus/*.jsonl.xz' --vocab_size 16384 --fraction 0.1 --out data/my_tokenizer
 
-The folder loads with `AutoTokenizer.from_pretrained`, and is what the packing scripts take as `--tokenizer`. Only documents
-of the train split are learnt from (the split of data/pack_fineweb_edu.py, which takes the same flags for the text).
+The folder loads with `AutoTokenizer.from_pretrained`, and is what the packing scripts take as `--tokenizer`. Only
+documents of the train split are learnt from (the split of data/pack_fineweb_edu.py, which takes the same flags for the
+text).
 """
 
 from __future__ import annotations
@@ -49,36 +50,23 @@ def reading(what: str):
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dataset", default=FINEWEB_EDU, help="text set on the Hugging Face Hub; its train split is read"
-    )
-    parser.add_argument("--name", help="configuration of --dataset (fineweb-edu: sample-10BT unless given)")
-    parser.add_argument("--revision", help="commit, branch or tag of --dataset (its newest commit unless given)")
-    parser.add_argument(
-        "--files",
-        nargs="+",
-        metavar="GLOB",
-        help="read these files instead, all of one type: .jsonl, .json, .txt (each also .gz, .xz, .bz2) or .parquet",
-    )
-    parser.add_argument("--text_field", default="text", help="column that holds the text")
-    parser.add_argument(
-        "--sample_by",
-        choices=("paragraph", "line", "document"),
-        default="paragraph",
-        help="what one document is in a .txt: a paragraph (up to a blank line), a line, or the whole file",
-    )
-    parser.add_argument(
-        "--batch_characters",
-        type=int,
-        default=1_000_000,
-        help="characters read, and by one process tokenized, at a time",
-    )
-    parser.add_argument("--valid_fraction", type=float, default=0.01, help="share of the documents kept for validation")
-    parser.add_argument("--test_fraction", type=float, default=0.01, help="share of the documents kept for testing")
+    flag = parser.add_argument
+    flag("--dataset", default=FINEWEB_EDU, help="text set on the Hugging Face Hub; its train split is read")
+    flag("--name", help="configuration of --dataset (fineweb-edu: sample-10BT unless given)")
+    flag("--revision", help="commit, branch or tag of --dataset (its newest commit unless given)")
+    files = "read these files instead, all of one type: .jsonl, .json, .txt (each also .gz, .xz, .bz2) or .parquet"
+    flag("--files", nargs="+", metavar="GLOB", help=files)
+    flag("--text_field", default="text", help="column that holds the text")
+    sample_by = "what one document is in a .txt: a paragraph (up to a blank line), a line, or the whole file"
+    flag("--sample_by", choices=("paragraph", "line", "document"), default="paragraph", help=sample_by)
+    batch = "characters read, and by one process tokenized, at a time"
+    flag("--batch_characters", type=int, default=1_000_000, help=batch)
+    flag("--valid_fraction", type=float, default=0.01, help="share of the documents kept for validation")
+    flag("--test_fraction", type=float, default=0.01, help="share of the documents kept for testing")
 
 
 def unpacked_bytes(path: Path) -> float:
-    """Of a compressed file by how its beginning expands: of text with ids, abstracts expand 3.9 times and novels 3.3."""
+    """Of a compressed file, estimated by how its beginning expands, which differs from one kind of text to another."""
     if path.suffix == ".parquet":
         from pyarrow.parquet import read_metadata
 
@@ -103,9 +91,8 @@ def open_source(args: argparse.Namespace):
             raise InputError(f"no file matches --files {' '.join(args.files)}")
         kinds = {next((s for s in reversed(Path(file).suffixes) if s in READERS), "another") for file in files}
         if len(kinds) > 1 or not kinds <= set(READERS):
-            raise InputError(
-                f"--files must be all of one type out of {', '.join(READERS)}, found {', '.join(sorted(kinds))}"
-            )
+            found = ", ".join(sorted(kinds))
+            raise InputError(f"--files must be all of one type out of {', '.join(READERS)}, found {found}")
         reader = READERS[kinds.pop()]
         options = {"sample_by": args.sample_by} if reader == "text" else {}
         with reading(f"--files {' '.join(args.files)}"):
@@ -128,15 +115,7 @@ def open_source(args: argparse.Namespace):
     return stream.select_columns(args.text_field).with_format("arrow"), sizes, source
 
 
-def read_texts(
-    stream,
-    sizes: list[float],
-    text_field: str,
-    batch_characters: int,
-    part: int = 0,
-    parts: int = 1,
-    position: list | None = None,
-):
+def read_texts(stream, sizes: list[float], text_field: str, batch_characters: int, part=0, parts=1, position=None):
     """Yields (texts, position after them) of one part of the work; blank texts are no documents.
 
     Files are read side by side, in up to 16 lanes and in proportion to their sizes: every shard then holds text of all
@@ -163,9 +142,8 @@ def read_texts(
             continue
         for text in table[text_field].to_pylist():
             if text is not None and not isinstance(text, str):
-                raise InputError(
-                    f"column {text_field!r} holds {type(text).__name__}, not text: choose another --text_field"
-                )
+                found = type(text).__name__
+                raise InputError(f"column {text_field!r} holds {found}, not text: choose another --text_field")
             if text and not text.isspace():
                 position[i]["characters"] += len(text)
                 if share_files or int.from_bytes(digest_of(text)[8:], "big") % parts == part:
@@ -188,7 +166,8 @@ def split_of(text: str, valid_fraction: float, test_fraction: float) -> str:
 
 
 def describe_split(valid_fraction: float, test_fraction: float) -> str:
-    return f"blake2b-128(text), first 8 bytes / 2^64: valid below {valid_fraction}, test {test_fraction} further, else train"
+    rule = f"valid below {valid_fraction}, test {test_fraction} further, else train"
+    return f"blake2b-128(text), first 8 bytes / 2^64: {rule}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,14 +203,12 @@ def bring_tokenizer(name: str, out: Path, max_vocab_size: int = MAX_VOCAB_SIZE):
         raise InputError(f"{name} has no tokenizer.json: choose a tokenizer that was saved in the fast format")
     tokenizer = AutoTokenizer.from_pretrained(files["tokenizer.json"].parent)
     if len(tokenizer) > max_vocab_size:
-        raise InputError(
-            f"{name} has a vocabulary of {len(tokenizer):,} entries: shards (uint16) hold {max_vocab_size:,}"
-        )
+        size = f"a vocabulary of {len(tokenizer):,} entries"
+        raise InputError(f"{name} has {size}: shards (uint16) hold {max_vocab_size:,}")
     ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in SPECIAL_TOKENS}
     if missing := [kind for kind, token_id in ids.items() if token_id is None and kind != "unk"]:
-        raise InputError(
-            f"{name} has no {', '.join(missing)} token: choose another, or run `python data/train_tokenizer.py`"
-        )
+        kinds = ", ".join(missing)
+        raise InputError(f"{name} has no {kinds} token: choose another, or run `python data/train_tokenizer.py`")
     backend = backend_of(tokenizer)
     written = backend.encode(" ".join(tokenizer.all_special_tokens), add_special_tokens=False).ids
     if set(written) & {ids["cls"], ids["sep"], ids["mask"]}:
@@ -272,14 +249,11 @@ def train_tokenizer(batches, vocab_size: int, out: Path) -> None:
         kind: AddedToken(token, special=True, normalized=False, lstrip=kind == "mask")  # a mask hides the space too
         for kind, token in SPECIAL_TOKENS.items()
     }
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(specials.values()), initial_alphabet=alphabet
-    )
+    tokens = list(specials.values())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=tokens, initial_alphabet=alphabet)
     backend.train_from_iterator(batches, trainer)
-    if backend.get_vocab_size() < vocab_size:
-        raise InputError(
-            f"the text yields {backend.get_vocab_size():,} entries only: give more, or a smaller --vocab_size"
-        )
+    if (size := backend.get_vocab_size()) < vocab_size:
+        raise InputError(f"the text yields {size:,} entries only: give more, or a smaller --vocab_size")
     cls, sep = SPECIAL_TOKENS["cls"], SPECIAL_TOKENS["sep"]
     backend.post_processor = processors.TemplateProcessing(
         single=f"{cls} $A {sep}",
@@ -299,11 +273,8 @@ def training_texts(batches, fractions: tuple[float, float], fraction: float, max
     characters = 0
     with tqdm(total=max_characters, unit="char", unit_scale=True, desc="reading", mininterval=1) as bar:
         for texts, _ in batches:
-            texts = [
-                text
-                for text in texts
-                if zlib.crc32(text.encode()) < fraction * 2**32 and split_of(text, *fractions) == "train"
-            ]
+            texts = [text for text in texts if zlib.crc32(text.encode()) < fraction * 2**32]
+            texts = [text for text in texts if split_of(text, *fractions) == "train"]
             yield texts
             read = sum(map(len, texts))
             characters += read
@@ -315,16 +286,11 @@ def training_texts(batches, fractions: tuple[float, float], fraction: float, max
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_source_flags(parser)
-    parser.add_argument(
-        "--vocab_size", type=int, default=32768, help="entries, special tokens included (64 should divide it)"
-    )
-    parser.add_argument(
-        "--fraction", type=float, default=1.0, help="share of the documents to learn from, drawn by a hash"
-    )
-    parser.add_argument(
-        "--max_characters", type=int, default=1_000_000_000, help="stop after this many characters learnt from"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer")
+    flag = parser.add_argument
+    flag("--vocab_size", type=int, default=32768, help="entries, special tokens included (64 should divide it)")
+    flag("--fraction", type=float, default=1.0, help="share of the documents to learn from, drawn by a hash")
+    flag("--max_characters", type=int, default=1_000_000_000, help="stop after this many characters learnt from")
+    flag("--out", type=Path, required=True, help="folder for the tokenizer")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     stream, sizes, _ = open_source(args)

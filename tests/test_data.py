@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import multiprocessing
 import os
 import random
 import runpy
@@ -23,6 +24,7 @@ import pyarrow.parquet
 import pytest
 from hub_stand_in import Hub
 
+from data import make_sample
 from dataloading import read_manifest, read_shard, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,6 +92,10 @@ def texts_of(directory: Path, split: str) -> list[str]:
     return AutoTokenizer.from_pretrained(directory / "tokenizer").batch_decode(documents_of(directory, split))
 
 
+def pack_files(files: Path, tokenizer: Path, out: Path, *more) -> None:
+    succeed("pack_fineweb_edu.py", "--files", files, "--tokenizer", tokenizer, "--out", out, *more)
+
+
 def shards_of(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
@@ -111,21 +117,8 @@ def tokenizer(tmp_path_factory, texts) -> Path:
 def packed(tmp_path_factory, texts, tokenizer) -> Path:
     directory = tmp_path_factory.mktemp("packed")
     source = write_jsonl(directory / "texts.jsonl", [*texts, SPECIAL_TEXT, "", "  \n", texts[0]])
-    succeed(
-        "pack_fineweb_edu.py",
-        "--files",
-        source,
-        "--tokenizer",
-        tokenizer,
-        "--shard_size",
-        20_000,
-        "--valid_fraction",
-        0.1,
-        "--test_fraction",
-        0.1,
-        "--out",
-        directory / "out",
-    )
+    sizes = ["--shard_size", 20_000, "--valid_fraction", 0.1, "--test_fraction", 0.1]
+    pack_files(source, tokenizer, directory / "out", *sizes)
     return directory / "out"
 
 
@@ -150,12 +143,9 @@ def test_trained_tokenizer(tokenizer):
 
 def test_vocabulary_too_large(tmp_path, texts):
     source = write_jsonl(tmp_path / "texts.jsonl", texts[:10])
-    assert "65,536" in error_of(
-        "train_tokenizer.py", "--files", source, "--vocab_size", 70_000, "--out", tmp_path / "t"
-    )
-    assert "entries only" in error_of(
-        "train_tokenizer.py", "--files", source, "--vocab_size", 60_000, "--out", tmp_path / "t"
-    )
+    for vocab_size, message in ((70_000, "65,536"), (60_000, "entries only")):
+        arguments = ("--files", source, "--vocab_size", vocab_size, "--out", tmp_path / "t")
+        assert message in error_of("train_tokenizer.py", *arguments)
 
 
 def test_packing_refuses_large_vocabulary(tmp_path, tokenizer, texts):
@@ -163,10 +153,8 @@ def test_packing_refuses_large_vocabulary(tmp_path, tokenizer, texts):
     content["model"]["vocab"] |= {f"extra{i}": 512 + i for i in range(2**16)}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     (tmp_path / "tokenizer_config.json").write_bytes((tokenizer / "tokenizer_config.json").read_bytes())
-    source = write_jsonl(tmp_path / "texts.jsonl", texts[:10])
-    assert "66,048" in error_of(
-        "pack_fineweb_edu.py", "--files", source, "--tokenizer", tmp_path, "--out", tmp_path / "out"
-    )
+    source, out = write_jsonl(tmp_path / "texts.jsonl", texts[:10]), tmp_path / "out"
+    assert "66,048" in error_of("pack_fineweb_edu.py", "--files", source, "--tokenizer", tmp_path, "--out", out)
     assert not (tmp_path / "out" / "tokenizer").exists()
 
 
@@ -185,8 +173,7 @@ def test_text_survives_packing(packed, texts):
 def test_special_tokens_of_modernbert_in_text(tmp_path):
     if not MODERNBERT.exists():
         pytest.skip("needs the ModernBERT tokenizer in ../shared/data")
-    source = write_jsonl(tmp_path / "texts.jsonl", [SPECIAL_TEXT])
-    succeed("pack_fineweb_edu.py", "--files", source, "--tokenizer", MODERNBERT, "--out", tmp_path / "out")
+    pack_files(write_jsonl(tmp_path / "texts.jsonl", [SPECIAL_TEXT]), MODERNBERT, tmp_path / "out")
     entry = read_manifest(tmp_path / "out")["tokenizer"]
     assert [entry[kind] for kind in ("vocab_size", "cls", "sep", "pad", "mask")] == [50368, 50281, 50282, 50283, 50284]
     (document,) = documents_of(tmp_path / "out", "train")
@@ -194,11 +181,9 @@ def test_special_tokens_of_modernbert_in_text(tmp_path):
 
 
 def test_splits(packed, texts):
-    splits = {split: set(texts_of(packed, split)) for split in ("train", "valid", "test")}
-    assert not (
-        splits["train"] & splits["valid"] or splits["train"] & splits["test"] or splits["valid"] & splits["test"]
-    )
-    assert 200 < len(splits["valid"]) < 400 and 200 < len(splits["test"]) < 400
+    train, valid, test = (set(texts_of(packed, split)) for split in ("train", "valid", "test"))
+    assert not (train & valid or train & test or valid & test)
+    assert 200 < len(valid) < 400 and 200 < len(test) < 400
 
 
 @pytest.fixture(scope="module")
@@ -216,18 +201,8 @@ def whole(many_files, tokenizer) -> Path:
 
 
 def pack_arguments(source: Path, tokenizer: Path, out: Path) -> list:
-    return [
-        "--files",
-        source / "*.jsonl",
-        "--tokenizer",
-        tokenizer,
-        "--shard_size",
-        100_000,
-        "--batch_characters",
-        200_000,
-        "--out",
-        out,
-    ]
+    sizes = ["--shard_size", 100_000, "--batch_characters", 200_000]
+    return ["--files", source / "*.jsonl", "--tokenizer", tokenizer, "--out", out, *sizes]
 
 
 def pack(source: Path, tokenizer: Path, out: Path, *more) -> None:
@@ -290,18 +265,15 @@ def test_files_are_mixed(whole):
 
 @pytest.mark.parametrize("kind", ["jsonl.xz", "parquet"])
 def test_files_of_one_size_end_together_however_they_compress(tmp_path, tokenizer, kind):
-    """Or the last shard holds one kind of text alone: three of four seeds of a run on two cores began with such a shard."""
+    """Or the last shard holds one kind of text alone, and a seed may have a run begin with it."""
     varied = make_texts(6000, seed=1)
     for name, texts in (("plain", [f"{'word ' * 33}number 2.{i}" for i in range(6000)]), ("varied", varied)):
         if kind == "parquet":
             pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / f"{name}.{kind}")
         else:
-            (tmp_path / f"{name}.{kind}").write_bytes(
-                lzma.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
-            )
-    succeed(
-        "pack_fineweb_edu.py", "--files", tmp_path / f"*.{kind}", "--tokenizer", tokenizer, "--out", tmp_path / "out"
-    )
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+            (tmp_path / f"{name}.{kind}").write_bytes(lzma.compress(lines.encode()))
+    pack_files(tmp_path / f"*.{kind}", tokenizer, tmp_path / "out")
     packed = texts_of(tmp_path / "out", "train")
     for fifth in range(5):
         part = packed[len(packed) * fifth // 5 : len(packed) * (fifth + 1) // 5]
@@ -320,19 +292,7 @@ def test_file_types(tmp_path, tokenizer, texts, kind):
         content = "\n\n".join(texts).encode() if kind.startswith("txt") else lines
         compress = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}.get(kind.split(".")[-1], bytes)
         path.write_bytes(compress(content))
-    succeed(
-        "pack_fineweb_edu.py",
-        "--files",
-        path,
-        "--tokenizer",
-        tokenizer,
-        "--out",
-        tmp_path / "out",
-        "--valid_fraction",
-        0,
-        "--test_fraction",
-        0,
-    )
+    pack_files(path, tokenizer, tmp_path / "out", "--valid_fraction", 0, "--test_fraction", 0)
     assert texts_of(tmp_path / "out", "train") == texts
 
 
@@ -343,9 +303,8 @@ def test_bad_input(tmp_path, tokenizer, texts):
         return error_of("pack_fineweb_edu.py", "--tokenizer", tokenizer, "--out", tmp_path / "out", *arguments)
 
     assert "no file matches" in message("--files", tmp_path / "*.parquet")
-    assert (
-        "no column 'body'" in (missing := message("--files", source, "--text_field", "body")) and "id, text" in missing
-    )
+    missing = message("--files", source, "--text_field", "body")
+    assert "no column 'body'" in missing and "id, text" in missing
     assert "'id' holds int" in message("--files", source, "--text_field", "id")
     assert "--shard" in message("--files", source, "--shard", "4/4")
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
@@ -369,11 +328,39 @@ def test_no_permission(tmp_path, tokenizer, texts):
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory) -> Path:
-    from data.make_sample import make_sample
-
     out = tmp_path_factory.mktemp("sample") / "sample"
-    make_sample(out, vocab_size=1024, packages=["networkx", "huggingface-hub"])
+    make_sample.make_sample(out, vocab_size=1024, packages=["networkx", "huggingface-hub"])
     return out
+
+
+def test_the_packages_of_the_sample_do_not_follow_requirements(tmp_path, monkeypatch):
+    """Or the text that records were made on would change with them."""
+    packages = make_sample.required_packages()
+    assert {"python", "numpy", "torch", "pytest"} <= set(packages)
+    monkeypatch.setattr(make_sample, "ROOT", tmp_path)
+    assert make_sample.required_packages() == packages
+    (tmp_path / "requirements.txt").write_text("ruff\n")
+    assert make_sample.required_packages() == packages
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a system that ties a process to cores")
+def test_the_sample_is_read_by_as_many_processes_as_there_are_usable_cores(monkeypatch):
+    """In a container or a batch job, the host may have many more."""
+    running = []
+
+    def progress(iterable, **_):
+        running.append(len(multiprocessing.active_children()))
+        return iterable
+
+    allowed = os.sched_getaffinity(0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(make_sample, "tqdm", progress)
+    try:
+        os.sched_setaffinity(0, [min(allowed)])
+        assert make_sample.read_documents(["tqdm"])
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert running == [1]
 
 
 def pairs_of(directory: Path) -> dict[str, list[dict]]:
@@ -383,12 +370,10 @@ def pairs_of(directory: Path) -> dict[str, list[dict]]:
 
 
 def test_sample_is_deterministic(tmp_path, sample):
-    from data.make_sample import make_sample
-
-    make_sample(tmp_path / "sample", vocab_size=1024, packages=["networkx", "huggingface-hub"])
+    make_sample.make_sample(tmp_path / "sample", vocab_size=1024, packages=["networkx", "huggingface-hub"])
     first, second = (
-        {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-        for directory in (sample, tmp_path / "sample")
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (sample, tmp_path / "sample")
     )
     assert first == second
     assert [path.name for path in tmp_path.iterdir()] == ["sample"]
@@ -411,9 +396,8 @@ def test_pairs(sample):
     for split, rows in pairs.items():
         assert [row["idx"] for row in rows] == list(range(len(rows)))
         assert sum(row["label"] for row in rows) * 2 == len(rows) > 0
-        documents = "\n".join(
-            " ".join(text.split()) for text in texts_of(sample, "valid" if split == "validation" else split)
-        )
+        texts = texts_of(sample, "valid" if split == "validation" else split)
+        documents = "\n".join(" ".join(text.split()) for text in texts)
         assert all(row["text"][:60] in documents for row in rows)  # no pair is of another split's document
 
 
@@ -434,27 +418,13 @@ def hub(tmp_path, tokenizer):
     labelled[1::50], labelled[2::50] = 2, 65535
     with Hub() as hub:
         hub.add("model", "answerdotai/ModernBERT-base", {path.name: path.read_bytes() for path in tokenizer.iterdir()})
-        hub.add(
-            "dataset",
-            "lapp0/packed_fineweb_edu",
-            {
-                "README.md": b"",
-                **{
-                    f"fwedu_{name}.bin": shard_bytes(tmp_path, tokens[: 1000 * (i + 1)])
-                    for i, name in enumerate(
-                        ("train_000001", "train_000002", "train_000003", "valid_000000", "test_000000")
-                    )
-                },
-            },
-        )
-        hub.add(
-            "dataset",
-            "lapp0/packed_glue_mnli",
-            {
-                f"mnli_{split}_000000.bin": shard_bytes(tmp_path, labelled)
-                for split in ("train", "validation_matched", "test_matched")
-            },
-        )
+        files = {"README.md": b""}
+        for i, name in enumerate(("train_000001", "train_000002", "train_000003", "valid_000000", "test_000000"), 1):
+            files[f"fwedu_{name}.bin"] = shard_bytes(tmp_path, tokens[: 1000 * i])
+        hub.add("dataset", "lapp0/packed_fineweb_edu", files)
+        splits = ("train", "validation_matched", "test_matched")
+        files = {f"mnli_{split}_000000.bin": shard_bytes(tmp_path, labelled) for split in splits}
+        hub.add("dataset", "lapp0/packed_glue_mnli", files)
         yield hub
 
 
@@ -481,52 +451,34 @@ def test_download(tmp_path, hub):
 
 
 def test_download_names_what_failed(tmp_path, hub):
-    env = hub.environment(tmp_path / "home")
+    out, env = tmp_path / "out", hub.environment(tmp_path / "home")
+
+    def message(num_chunks: int) -> str:
+        return error_of("download_fineweb_edu.py", "--num_chunks", num_chunks, "--out", out, env=env)
+
     hub.fail_status, hub.broken = 403, "train_000002"
     hub.change("dataset", "lapp0/packed_fineweb_edu", "main", {"fwedu_train_000003.bin": b"not a shard" * 1000})
-    message = error_of("download_fineweb_edu.py", "--num_chunks", 3, "--out", tmp_path / "out", env=env)
-    assert "2 of 5 files" in message and "fwedu_train_000002.bin (" in message and "not a token shard" in message
-    assert {path.name for path in (tmp_path / "out").glob("*.*")} - {".cache"} == {
-        "fwedu_train_000001.bin",
-        "fwedu_valid_000000.bin",
-        "fwedu_test_000000.bin",
-    }
-    assert "between 1 and 3" in error_of(
-        "download_fineweb_edu.py", "--num_chunks", 4, "--out", tmp_path / "out", env=env
-    )
+    failed = message(3)
+    assert "2 of 5 files" in failed and "fwedu_train_000002.bin (" in failed and "not a token shard" in failed
+    found = {path.name for path in out.glob("*.*")} - {".cache"}
+    assert found == {"fwedu_train_000001.bin", "fwedu_valid_000000.bin", "fwedu_test_000000.bin"}
+    assert "between 1 and 3" in message(4)
     hub.broken = ""
-    assert "cannot read lapp0" in error_of(
-        "download_fineweb_edu.py", "--num_chunks", 1, "--out", tmp_path / "out", env=env
-    )
+    assert "cannot read lapp0" in message(1)
 
 
 def test_download_mnli(tmp_path, hub):
     succeed("download_mnli.py", "--out", tmp_path / "out", env=hub.environment(tmp_path / "home"))
     shards = read_manifest(tmp_path / "out")["shards"]
-    assert {entry["split"]: entry["documents"] for entry in shards.values()} == {
-        "train": 100,
-        "validation_matched": 100,
-    }
+    documents = {entry["split"]: entry["documents"] for entry in shards.values()}
+    assert documents == {"train": 100, "validation_matched": 100}
 
 
 def test_pack_from_the_hub(tmp_path, hub, tokenizer, texts):
     hub.add("dataset", "me/texts", {"texts.jsonl": write_jsonl(tmp_path / "texts.jsonl", texts[:100]).read_bytes()})
-    succeed(
-        "pack_fineweb_edu.py",
-        "--dataset",
-        "me/texts",
-        "--tokenizer",
-        "answerdotai/ModernBERT-base",
-        "--prefix",
-        "mine",
-        "--valid_fraction",
-        0,
-        "--test_fraction",
-        0,
-        "--out",
-        tmp_path / "out",
-        env=hub.environment(tmp_path / "home"),
-    )
+    arguments = ["--dataset", "me/texts", "--prefix", "mine", "--valid_fraction", 0, "--test_fraction", 0]
+    arguments += ["--tokenizer", "answerdotai/ModernBERT-base", "--out", tmp_path / "out"]
+    succeed("pack_fineweb_edu.py", *arguments, env=hub.environment(tmp_path / "home"))
     assert texts_of(tmp_path / "out", "train") == texts[:100]
     assert read_manifest(tmp_path / "out")["source"]["revision"] == hub.repos["dataset", "me/texts"]["main"]["sha"]
 
@@ -545,20 +497,9 @@ def test_labelled_set(tmp_path, tokenizer, kind):
         else:
             path.write_text("".join(",".join(map(str, row)) + "\n" for row in [rows, *zip(*rows.values())]))
     files = [f"{split}={tmp_path / split}.{kind}" for split in ("train", "validation")]
-    succeed(
-        "pack_mnli.py",
-        "--files",
-        *files,
-        "--text",
-        "a",
-        "--text_pair",
-        "b",
-        "--tokenizer",
-        tokenizer,
-        "--out",
-        tmp_path / "out",
-        env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
-    )
+    columns, out = ["--text", "a", "--text_pair", "b"], tmp_path / "out"
+    offline = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    succeed("pack_mnli.py", "--files", *files, *columns, "--tokenizer", tokenizer, "--out", out, env=offline)
     assert set(read_manifest(tmp_path / "out")["shards"]) == {"mnli_train_000000.bin", "mnli_validation_000000.bin"}
     loaded, expected = AutoTokenizer.from_pretrained(tokenizer), []
     for first, second, label in zip(*rows.values()):

@@ -8,8 +8,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, SPECIALS, run_python, sentences, write_documents
 
+import dataloading
 from dataloading import HEADER_BYTES, InputError, Loader, find_windows, read_manifest, read_shard, write_shard
 
 CLS, SEP, PAD = SPECIALS["cls"], SPECIALS["sep"], SPECIALS["pad"]
@@ -29,24 +31,17 @@ def loader_of(path, split="train", row_tokens=256, max_length=100, seed=7, **key
 def epoch(path, world_size=1, **keywords) -> list[list]:
     """Rows of one epoch, by rank, taken in shuffled order."""
 
-    def one(rank):
-        rows = []
-        for row in loader_of(path, rank=rank, world_size=world_size, **keywords):
-            if row.state["epoch"] > 0:
-                break
-            rows.append(row)
-        return rows
-
-    return [one(rank) for rank in range(world_size)]
+    loaders = [loader_of(path, rank=rank, world_size=world_size, **keywords) for rank in range(world_size)]
+    return [list(itertools.takewhile(lambda row: row.state["epoch"] == 0, loader)) for loader in loaders]
 
 
 def text_tokens(rows) -> Counter:
     """(place in the shards, id) of every token of text."""
-    return Counter(
-        pair
-        for row in rows
-        for pair in zip(row.offsets[row.offsets >= 0].tolist(), row.input_ids.numpy()[row.offsets >= 0].tolist())
-    )
+    found: Counter = Counter()
+    for row in rows:
+        text = row.offsets >= 0
+        found.update(zip(row.offsets[text].tolist(), row.input_ids.numpy()[text].tolist()))
+    return found
 
 
 @pytest.mark.parametrize("name", CORPORA)
@@ -55,11 +50,9 @@ def test_an_epoch_visits_every_token_once(tmp_path, name, row_tokens, max_length
     path = write_documents(tmp_path, {"train": CORPORA[name]})
     (rows,) = epoch(path, row_tokens=row_tokens, max_length=max_length)
     seen = text_tokens(rows)
-    whole = np.concatenate(
-        [np.concatenate([[CLS, *d, SEP] for d in shard]) if shard else [] for shard in CORPORA[name]]
-    ).astype(int)
+    whole = [token for shard in CORPORA[name] for document in shard for token in (CLS, *document, SEP)]
     assert set(seen.values()) == {1}
-    assert set(seen) == {(place, token) for place, token in enumerate(whole.tolist()) if token >= 5}
+    assert set(seen) == {(place, token) for place, token in enumerate(whole) if token >= 5}
 
 
 @pytest.mark.parametrize("max_length", [3, 10, 64, 1000])
@@ -93,21 +86,17 @@ def test_rows_hold_whole_documents_with_restarting_positions(tmp_path):
 def test_every_world_size_sees_the_same_global_rows(tmp_path, world_size):
     path = write_documents(tmp_path, {"train": CORPORA["several shards"]})
     alone = list(itertools.islice(loader_of(path), 48))
-    shares = [
-        list(itertools.islice(loader_of(path, rank=rank, world_size=world_size), 48 // world_size))
-        for rank in range(world_size)
-    ]
-    together = [row for round_ in zip(*shares) for row in round_]
+    loaders = [loader_of(path, rank=rank, world_size=world_size) for rank in range(world_size)]
+    rounds = list(itertools.islice(zip(*loaders), 48 // world_size))
+    together = [row for round_ in rounds for row in round_]
     assert [row.index for row in together] == list(range(48))
     for a, b in zip(alone, together):
         assert a.input_ids.tolist() == b.input_ids.tolist() and a.document_ids.tolist() == b.document_ids.tolist()
-    for number, round_ in enumerate(zip(*shares)):  # what each rank says of its peers' rows is what they hold
+    for round_ in rounds:  # what each rank says of its peers' rows is what they hold
         texts = [int(row.text.sum()) for row in round_]
         assert all(row.round_text == texts for row in round_)
-        lengths = np.concatenate(
-            [np.unique(row.document_ids.numpy()[row.input_ids.numpy() != PAD], return_counts=True)[1] for row in round_]
-        )
-        assert all(row.round_lengths.tolist() == lengths.tolist() for row in round_)
+        lengths = [torch.bincount(row.document_ids[row.input_ids != PAD]) for row in round_]
+        assert all(row.round_lengths.tolist() == torch.cat(lengths).tolist() for row in round_)
 
 
 @pytest.mark.parametrize("stop_after, world_after", [(1, 1), (7, 1), (12, 3), (40, 2), (120, 4)])
@@ -134,19 +123,39 @@ def test_epochs_differ_in_order_and_seeds_too(tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_has_fixed_rows_and_drops_none(tmp_path, world_size):
     path = write_documents(tmp_path, {"valid": CORPORA["several shards"]})
-    loaders = [
-        loader_of(path, split="valid", seed=None, rank=rank, world_size=world_size) for rank in range(world_size)
-    ]
-    once = [list(loader) for loader in loaders]
-    again = [
-        list(loader_of(path, split="valid", seed=None, rank=rank, world_size=world_size)) for rank in range(world_size)
-    ]
+    fixed = dict(split="valid", seed=None, world_size=world_size)
+    once, again = ([list(loader_of(path, rank=rank, **fixed)) for rank in range(world_size)] for _ in range(2))
     assert len({len(rows) for rows in once}) == 1  # empty rows fill the last round: no rank waits for another
-    assert [row.input_ids.tolist() for rows in once for row in rows] == [
-        row.input_ids.tolist() for rows in again for row in rows
-    ]
+    for a, b in zip(itertools.chain(*once), itertools.chain(*again), strict=True):
+        assert a.input_ids.tolist() == b.input_ids.tolist()
     alone = list(loader_of(path, split="valid", seed=None))
     assert text_tokens(row for rows in once for row in rows) == text_tokens(alone)
+
+
+def test_each_shard_is_scanned_once_and_the_first_when_the_loader_is_made(tmp_path, monkeypatch):
+    """Before the training clock starts. A later iteration begins anew."""
+    scanned: list[tuple[str, int]] = []
+    for name in ("find_windows", "check_vocabulary"):
+        scan = getattr(dataloading, name)
+
+        def counted(*arguments, name=name, scan=scan):
+            scanned.append((name, next(len(x) for x in arguments if isinstance(x, np.ndarray))))
+            return scan(*arguments)
+
+        monkeypatch.setattr(dataloading, name, counted)
+    path = write_documents(tmp_path, {split: CORPORA["several shards"] for split in ("train", "valid")})
+    sizes = [entry["tokens"] for entry in read_manifest(path)["shards"].values() if entry["split"] == "valid"]
+    expected = [(name, size) for size in sizes for name in ("check_vocabulary", "find_windows")]
+    loader = loader_of(path, split="valid", seed=None)
+    assert scanned == expected[:2]
+    first = [row.input_ids.tolist() for row in loader]
+    assert scanned == expected
+    assert [row.input_ids.tolist() for row in loader] == first and scanned == 2 * expected  # it starts afresh
+    scanned.clear()
+    loader = loader_of(path)
+    first = [row.input_ids.tolist() for row in itertools.islice(loader, 4)]
+    assert sorted(scanned) == sorted(expected)  # few windows: the rows' pool holds those of all shards
+    assert [row.input_ids.tolist() for row in itertools.islice(loader, 4)] == first
 
 
 @pytest.mark.parametrize("row_tokens", [128, 512])
@@ -182,9 +191,7 @@ def test_padding_on_real_text(tmp_path):
 def test_a_process_may_exit_while_rows_are_being_packed(tmp_path):
     """A thread that is inside torch when Python takes itself apart would abort the process."""
     path = write_documents(tmp_path, {"train": CORPORA["several shards"]})
-    run = run_python(
-        "-c",
-        f"""
+    code = f"""
 from pathlib import Path
 from dataloading import Loader, read_manifest
 path = Path({str(path)!r})
@@ -193,8 +200,8 @@ for rows in loaders:
     next(rows)
 for rows in loaders[1:]:  # one is left open, as by a run that fails
     rows.close()
-""",
-    )
+"""
+    run = run_python("-c", code)
     assert run.returncode == 0 and "Exception" not in run.stderr, run.stderr
 
 
@@ -244,9 +251,7 @@ def test_the_loader_refuses_what_it_cannot_feed(tmp_path):
 
 
 def test_a_shard_that_exists_is_whole(tmp_path):
-    write_shard(tmp_path / "a.bin", np.arange(5, 10))
-    assert (
-        read_shard(tmp_path / "a.bin").tolist() == [5, 6, 7, 8, 9]
-        and (tmp_path / "a.bin").stat().st_size == HEADER_BYTES + 10
-    )
+    path = tmp_path / "a.bin"
+    write_shard(path, np.arange(5, 10))
+    assert read_shard(path).tolist() == [5, 6, 7, 8, 9] and path.stat().st_size == HEADER_BYTES + 10
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
