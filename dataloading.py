@@ -37,6 +37,11 @@ class InputError(ValueError):
     """Input that cannot be used. The message is one sentence: what is wrong, where, and the command that mends it."""
 
 
+def usable_cores() -> int:
+    """Those this process may run on: fewer than the machine's in a container, a batch job or under taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def read_shard(path: Path) -> np.ndarray:
     """Memory-maps a shard: [number of tokens] uint16. Raises InputError when magic, version or size are wrong."""
     size = path.stat().st_size if path.exists() else 0

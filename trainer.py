@@ -55,6 +55,7 @@ from dataloading import (
     hash64,
     read_manifest,
     sha256_of,
+    usable_cores,
 )
 from model import PRESETS as MODEL_PRESETS
 from model import KBERTConfig, KBERTForMaskedLM, compiled_backend, option, pack_slots
@@ -368,10 +369,8 @@ def join_processes(device: str = "auto", timeout_minutes: float = 10) -> Iterato
         torch.cuda.set_device(place)
     else:
         place = torch.device("cpu")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(
-            max(1, cores // local_world_size)
-        )  # torchrun sets OMP_NUM_THREADS=1 for several processes
+        # torchrun sets OMP_NUM_THREADS=1 for several processes.
+        torch.set_num_threads(max(1, usable_cores() // local_world_size))
         keep_freed_memory()
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"

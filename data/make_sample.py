@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data.pack_fineweb_edu import SPLITS, ShardWriter, usable_cores
+from data.pack_fineweb_edu import SPLITS, ShardWriter
 from data.train_tokenizer import bring_tokenizer, describe_split, digest_of, split_of, train_tokenizer
-from dataloading import InputError, write_manifest
+from dataloading import InputError, usable_cores, write_manifest
 
 # Not requirements.txt, which may change: the sample of records must not, and it is the documentation of these packages.
 PACKAGES = ["torch", "numpy", "huggingface-hub", "datasets", "transformers", "tqdm"]
@@ -101,7 +101,7 @@ def read_documents(packages: list[str]) -> list[tuple[str, str]]:
     files = [(package, path) for package in packages for path in source_files(package)]
     documents, seen = [], set()
     # spawn: the caller may hold threads and locks that a fork would copy; gc: syntax trees are many objects, no cycles
-    with multiprocessing.get_context("spawn").Pool(usable_cores(), initializer=gc.disable) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(usable_cores(), 60), initializer=gc.disable) as pool:
         read = pool.imap(read_docstrings, [path for _, path in files], chunksize=32)
         for (package, _), docstrings in zip(files, tqdm(read, total=len(files), unit="file", desc="reading")):
             for text in docstrings:

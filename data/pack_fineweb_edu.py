@@ -43,7 +43,7 @@ from data.train_tokenizer import (
     read_texts,
     split_of,
 )
-from dataloading import InputError, in_background, read_manifest, sha256_of, write_manifest, write_shard
+from dataloading import InputError, in_background, read_manifest, sha256_of, usable_cores, write_manifest, write_shard
 
 SPLITS = ("train", "valid", "test")
 
@@ -58,12 +58,6 @@ def backend_in(folder: Path):
 def tokenize(folder: Path, texts: list[str]) -> list[np.ndarray]:
     encodings = backend_in(folder).encode_batch_fast(texts, add_special_tokens=False)
     return [np.array(encoding.ids, dtype="<u2") for encoding in encodings]
-
-
-def usable_cores() -> int:
-    """Those this process may run on: fewer than the machine's in a container, a batch job or under taskset."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 60)  # Windows allows no more processes in a pool
 
 
 def end_with_parent() -> None:
@@ -232,7 +226,7 @@ def main() -> None:
         raise InputError(f"--shard {args.shard} is not I/N with I from 0 to N - 1, such as 0/4")
 
     _, tokenizer = bring_tokenizer(args.tokenizer, args.out)
-    workers = usable_cores()
+    workers = min(usable_cores(), 60)  # Windows allows no more processes in a pool
     with start_workers(args.out / "tokenizer", workers) as pool:
         pack_source(args, part, parts, tokenizer, pool, ahead=2 * workers)
     if parts > 1 and not merge_parts(args.out, parts):

@@ -9,9 +9,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SPECIALS, run_python, sentences, write_documents
 
 import dataloading
+from conftest import ROOT, SPECIALS, run_python, sentences, write_documents
 from dataloading import HEADER_BYTES, InputError, Loader, find_windows, read_manifest, read_shard, write_shard
 
 CLS, SEP, PAD = SPECIALS["cls"], SPECIALS["sep"], SPECIALS["pad"]
