@@ -365,6 +365,8 @@ class Loader:
         return in_background(self._rows(stream), self.rows_ahead)
 
     def _rows(self, stream: RowStream) -> Iterator[Row]:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # a thread begins on GPU 0, whatever its rank
         index = self.first_index
         while True:
             rounds = [stream.next_row() or [] for _ in range(self.world_size)]

@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+
 from conftest import run_python
 
 TINY = ("--layers", 2, "--hidden", 64, "--heads", 1, "--intermediate", 64, "--row-tokens", 256, "--max-length", 96)

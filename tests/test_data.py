@@ -22,10 +22,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hub_stand_in import Hub
 
 from data import make_sample
 from dataloading import read_manifest, read_shard, write_shard
+from hub_stand_in import Hub
 
 ROOT = Path(__file__).resolve().parents[1]
 MODERNBERT = ROOT.parent / "shared" / "data" / "tokenizers" / "modernbert"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 from collections import Counter
 
 import numpy as np
@@ -255,3 +256,13 @@ def test_a_shard_that_exists_is_whole(tmp_path):
     write_shard(path, np.arange(5, 10))
     assert read_shard(path).tolist() == [5, 6, 7, 8, 9] and path.stat().st_size == HEADER_BYTES + 10
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_the_loaders_thread_works_on_its_ranks_gpu(corpus, monkeypatch):
+    def seen(device):
+        raise InterruptedError(f"{threading.current_thread() is threading.main_thread()} {device}")
+
+    monkeypatch.setattr(torch.cuda, "set_device", seen)
+    loader = Loader(corpus, read_manifest(corpus), "train", 256, 100, seed=1, device="cuda:3")
+    with pytest.raises(InterruptedError, match="False cuda:3"):
+        next(iter(loader))

@@ -11,9 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_python
 from datasets import Dataset
-from hub_stand_in import Hub
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -29,8 +27,10 @@ from transformers import (
 )
 
 import finetuner
+from conftest import ROOT, run_python
 from dataloading import InputError, sha256_of, write_manifest, write_shard
 from finetuner import TASKS, FinetuneConfig, Network
+from hub_stand_in import Hub
 from model import KBERTConfig, KBERTForMaskedLM
 
 WORDS = "good bad the a film was story and plot with people who saw it then they went home by train or bus in rain sun snow wind".split()

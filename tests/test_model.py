@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LENGTHS, VOCAB, reference_attention, row_of, tiny
 
+from conftest import LENGTHS, VOCAB, reference_attention, row_of, tiny
 from model import (
     PRESETS,
     HeadLoss,

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_python
+from records.logs import read_log
 from test_trainer import TINY
 from transformers import AutoTokenizer
 
 import finetuner
+from conftest import ROOT, run_python
 from dataloading import InputError
 from records.leaderboard import BEGIN, END, matches, update
-from records.logs import read_log
 from records.plot import draw
 from records.submit import submit
 from records.verify import check_run, expected_steps, verify
