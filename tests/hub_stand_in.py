@@ -5,7 +5,8 @@
         subprocess.run([...], env=hub.environment(tmp_path))
         hub.files("model", "me/my-model", "step-001000")["config.json"]
 
-HF_ENDPOINT is read when huggingface_hub is imported, so what is tested runs in a process of its own with `hub.environment`.
+HF_ENDPOINT is read when huggingface_hub is imported, so what is tested runs in a process of its own with
+`hub.environment`.
 Any token is good, and belongs to the user "me". `fail_next = n` answers the next n requests with `fail_status`,
 `broken = "text"` every request whose path contains the text ("" is all of them), `cut_next = n` breaks off the next n
 downloads half way. The client tries again for 23 seconds after 500, and not at all after 403.
