@@ -1,0 +1,321 @@
+"""The first hour on a new machine, as one command: is everything right there, and how fast is it?
+
+    python tests/first_hour.py              every part, on whatever is there: one GPU, several, or a CPU
+    python tests/first_hour.py --part 3     one of them, each under 8 minutes (but for --minutes)
+
+Needs no network: speed is measured on made-up documents with ModernBERT's vocabulary, training on the embedded sample.
+What the machine lacks is skipped with its reason; without a GPU, or with --small, shapes are tiny and runs eager. Each
+check runs in processes of its own, so that one that fails spoils no other. logs/first_hour/ keeps report.md, which is
+what to send, and the output of every command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from dataloading import sha256_of, write_manifest, write_shard
+from records.log import environment, read_log
+from trainer import why_eager
+
+MODERNBERT = {"vocab_size": 50_368, "cls": 50_281, "sep": 50_282, "pad": 50_283, "mask": 50_284, "unk": 50_280}
+TINY = "--model.num_hidden_layers 2 --model.hidden_size 64 --model.num_attention_heads 1 --model.intermediate_size 64"
+TINY += " --data.max_length 256 --train.row_tokens 1024 --train.compile false"
+
+
+@dataclass
+class Machine:
+    out: Path
+    device: torch.device
+    gpus: int
+    minutes: float  # of the training run
+    small: bool  # tiny shapes: a CPU, and continuous integration
+
+    @property
+    def flags(self) -> str:
+        """For this script, started again."""
+        return f"--out {self.out}" + " --small" * self.small
+
+    @property
+    def data(self) -> Path:
+        return self.out / "made_up"
+
+    def run(self, name: str, command: str, processes: int = 1, timeout: float = 480) -> subprocess.CompletedProcess:
+        """command: a script of the repository and its arguments. Its output goes to NAME.txt."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        whole = [sys.executable, *(launcher if processes > 1 else []), *command.split()]
+        try:
+            done = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+        except subprocess.TimeoutExpired as late:
+            done = subprocess.CompletedProcess(whole, 124, str(late.stdout or ""), f"more than {timeout} s")
+        said = f"$ {' '.join(whole[1:])}\n{done.stdout}\n{done.stderr}"
+        (self.out / f"{name}.txt").write_text(said, encoding="utf-8")
+        return done
+
+    def train(self, name: str, preset: str, more: str, processes: int = 1) -> subprocess.CompletedProcess:
+        shape = TINY if self.small else "--data.max_length 1024"
+        settings = f"--preset {preset} --data.dir {self.data} {shape} --data.valid_tokens 20000 --train.valid_every 0"
+        where = f"--train.out {self.out} --train.run_name {name}"
+        return self.run(f"{name}_output", f"trainer.py {settings} {where} {more}", processes)
+
+
+Check = tuple[str, str, str]  # what, "ok", "FAILED" or "skipped", and the figure or the reason
+
+
+def verdict(what: str, done: subprocess.CompletedProcess, figure: str = "") -> Check:
+    last = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
+    if done.returncode:
+        return what, "FAILED", f"exit code {done.returncode}: {last}"
+    return what, "ok", figure or last
+
+
+def make_data(folder: Path, tokens: int) -> None:
+    """Shards of made-up documents of 60 to 1,024 tokens, whose words are as frequent as words are."""
+    rng = np.random.default_rng(0)
+    rank = np.arange(1, 50_001)
+    odds = (1 / rank) / (1 / rank).sum()
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = {}
+    for split, size in (("train", tokens), ("valid", 40_000), ("test", 40_000)):
+        lengths = np.exp(rng.uniform(np.log(60), np.log(1022), size // 300)).astype(int)
+        parts = [[MODERNBERT["cls"], *rng.choice(50_000, n, p=odds), MODERNBERT["sep"]] for n in lengths]
+        ids = np.concatenate(parts).astype(np.uint16)
+        path = folder / f"made_up_{split}_000000.bin"
+        write_shard(path, ids)
+        entry = {"split": split, "tokens": len(ids), "documents": len(lengths), "sha256": sha256_of(path)}
+        shards[path.name] = entry
+    tokenizer = {"name": "made up", "sha256": "none", **MODERNBERT}
+    source = {"source": {"name": "made up"}, "split_rule": "drawn apart"}
+    write_manifest(folder, {"format": 1, "tokenizer": tokenizer, "shards": shards, **source})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts
+
+
+def correctness(machine: Machine) -> Iterator[Check]:
+    """Versions, and agreement with fp64."""
+    here = environment(machine.device, machine.gpus or 1)
+    for name in ("device", "driver", "cuda", "torch", "transformers", "python"):
+        yield name, "ok" if name in here else "skipped", str(here.get(name, "none"))
+    obstacle = why_eager(machine.device)
+    yield "compiler", "FAILED" if obstacle else "ok", obstacle or "found"
+    if machine.gpus:
+        yield verdict("tests/test_gpu.py", machine.run("test_gpu", "-m pytest -q tests/test_gpu.py"))
+    else:
+        yield "tests/test_gpu.py", "skipped", "no GPU"
+
+
+def one_graph(machine: Machine) -> Iterator[Check]:
+    """20 steps: graphs compiled, waits of the host, peak memory, and the row that fits."""
+    for preset in ("base", "large"):
+        done = machine.run(f"probe_{preset}", f"tests/first_hour.py --probe {preset} {machine.flags}")
+        figure = done.stdout.strip().splitlines()[-1] if done.returncode == 0 else ""
+        yield verdict(f"20 steps of {preset}", done, figure)
+
+
+def ranks(machine: Machine) -> Iterator[Check]:
+    """Two processes as one, an error on one of them, an interruption and what follows."""
+    if machine.gpus == 1:
+        yield "1 and 2 GPUs", "skipped", "one GPU"
+    else:
+        batch = "2048" if machine.small else "131072 --train.row_tokens 65536"
+        steps = f"--train.steps 20 --train.log_every 1 --train.batch_tokens {batch}"
+        for n in (1, 2):
+            yield verdict(f"20 steps on {n}", machine.train(f"ranks{n}", "base", steps, processes=n))
+        one, two = ([line.train_loss for line in read_log(machine.out / f"ranks{n}").lines] for n in (1, 2))
+        apart = max(abs(a - b) for a, b in zip(one, two) if a is not None and b is not None)
+        yield "1 and 2 processes agree", "ok" if apart < 0.02 else "FAILED", f"losses within {apart:.4f}"
+        started = time.monotonic()
+        done = machine.run("one_fails", f"tests/first_hour.py --fail {machine.flags}", processes=2, timeout=120)
+        spent = time.monotonic() - started
+        good = done.returncode != 0 and spent < 60
+        yield "an error on one rank ends all", "ok" if good else "FAILED", f"{spent:.0f} s"
+    yield from interruption(machine)
+
+
+def interruption(machine: Machine) -> Iterator[Check]:
+    shape = TINY if machine.small else "--data.max_length 1024"
+    command = f"trainer.py --preset base {shape} --data.dir {machine.data} --data.valid_tokens 20000 --train.steps 60"
+    command += " --train.grad_accum 1 --train.log_every 5 --train.valid_every 0"
+    command += f" --train.out {machine.out} --train.run_name interrupted"
+    log = machine.out / "interrupted" / "log.txt"
+    with open(machine.out / "interrupted.txt", "w") as output:
+        process = subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, stdout=output, stderr=output)
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and "step:10/" in log.read_text(errors="ignore"):
+                process.send_signal(signal.SIGTERM)
+                break
+            time.sleep(0.2)
+        code = process.wait(120)
+    saved = sorted(path.name for path in machine.out.glob("interrupted/checkpoints/*"))
+    yield "SIGTERM saves and ends", "ok" if code == 0 and saved else "FAILED", f"exit code {code}, {saved}"
+    yield verdict("and the run goes on", machine.run("resumed", f"{command} --train.resume auto"))
+
+
+def kernels(machine: Machine) -> Iterator[Check]:
+    """Where a step's time goes, and each way of attention."""
+    if machine.small:
+        shape = "--layers 2 --hidden 64 --heads 1 --intermediate 64 --row-tokens 1024 --max-length 256"
+    else:
+        shape = "--preset base --max-length 1024 --row-tokens 65536"
+    for mode in ("--profile", "--attention"):
+        if mode == "--attention" and not machine.gpus:
+            yield "attention", "skipped", "FlexAttention has no backward on a CPU"
+            continue
+        done = machine.run(mode[2:], f"tests/benchmark.py --data {machine.data} {shape} {mode} --json")
+        yield verdict(mode[2:], done)
+
+
+def speed(machine: Machine) -> Iterator[Check]:
+    """Tokens a second and MFU of every preset, on one GPU and on all."""
+    for preset in ("micro", "small", "base", "large") if not machine.small else ("micro",):
+        for processes in sorted({1, max(1, machine.gpus)}):
+            name = f"speed_{preset}_{processes}"
+            done = machine.train(name, preset, "--train.grad_accum 1 --train.steps 40 --train.log_every 10", processes)
+            figure = rate(machine.out / name, processes) if done.returncode == 0 else ""
+            yield verdict(f"{preset} on {processes}", done, figure)
+
+
+def rate(run: Path, processes: int) -> str:
+    """Of the last 20 steps."""
+    log = read_log(run)
+    lines = [line for line in log.lines if line.train_loss is not None]
+    first, last = lines[-3], lines[-1]
+    seconds = last.seconds - first.seconds
+    mfu = (last.flops - first.flops) / seconds / log.named("environment", "peak_flops")
+    row = log.named("config", "train", "row_tokens")
+    per_second = (last.tokens - first.tokens) / seconds
+    return f"{per_second:,.0f} tokens/s, MFU {mfu:.1%}, {processes} x {row} tokens in {1000 * seconds / 20:.1f} ms"
+
+
+def training(machine: Machine) -> Iterator[Check]:
+    """A run whose log is kept."""
+    if machine.small:
+        settings = f"{TINY} --data.dir {machine.data} --train.batch_tokens 2048 --data.valid_tokens 20000"
+    else:
+        settings = "--model.num_hidden_layers 7 --train.batch_tokens 65536 --train.row_tokens none --train.log_every 50"
+    command = f"trainer.py --preset micro {settings} --train.max_minutes {machine.minutes}"
+    command += f" --train.out {machine.out} --train.run_name trained"
+    done = machine.run("training", command, max(1, machine.gpus), timeout=60 * machine.minutes + 420)
+    figure = ""
+    if done.returncode == 0:
+        result = read_log(machine.out / "trained").named("result")
+        figure = f"validation loss {result['val_loss']:.4f} after {result['seconds']:.0f} s, {result['step']} steps"
+    yield verdict(f"{machine.minutes:g} minutes of training", done, figure)
+
+
+PARTS: dict[int, Callable[[Machine], Iterator[Check]]] = {
+    1: correctness,
+    2: one_graph,
+    3: ranks,
+    4: kernels,
+    5: speed,
+    6: training,
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the parts run in processes of their own
+
+
+def probe(machine: Machine, preset: str) -> None:
+    """20 steps of a preset; prints one line: the row that fits, graphs, waits, peak memory."""
+    import warnings
+
+    from dataloading import Loader, read_manifest
+    from model import PRESETS
+    from tests.benchmark import Ours
+    from trainer import Process, fit_row_tokens, mask_count, model_config
+
+    shape = dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=1, intermediate_size=64)
+    shape = shape if machine.small else PRESETS[preset]
+    manifest, longest = read_manifest(machine.data), 256 if machine.small else 1024
+    config = model_config(manifest["tokenizer"], longest, shape)
+    process, sides = Process(0, 1, machine.device), []
+
+    def attempt(row_tokens: int) -> None:
+        sides.clear()
+        sides.append(Ours(config, preset, row_tokens, longest, process))
+
+    row_tokens = fit_row_tokens([1024] if machine.small else [65536, 49152, 32768, 16384, 8192], process, attempt)
+    loader = Loader(machine.data, manifest, "train", row_tokens, longest, seed=1, device=machine.device)
+    rows = [row for row, _ in zip(loader, range(20))]
+    waits = 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if machine.gpus:
+            torch.cuda.set_sync_debug_mode("warn")
+        for row in rows:
+            loss = sides[0].step(row, mask_count(0.3, row_tokens))
+        if machine.gpus:
+            torch.cuda.set_sync_debug_mode("default")
+        waits = sum("synchroniz" in str(warning.message) for warning in caught)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    memory = torch.cuda.max_memory_allocated() / 2**30 if machine.gpus else float("nan")
+    print(f"rows of {row_tokens}, {graphs} graphs, {waits} waits of the host, {memory:.1f} GiB, loss {loss.item():.3f}")
+
+
+def fail_on_one_rank(machine: Machine) -> None:
+    """Rank 1 raises while the other waits for it."""
+    import torch.distributed as dist
+
+    from trainer import join_processes
+
+    with join_processes() as process:
+        if process.rank == 1:
+            raise RuntimeError("rank 1 fails, as it should")
+        dist.all_reduce(torch.zeros(1, device=process.device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", type=int, choices=PARTS, action="append", help="run this part alone [all]")
+    parser.add_argument("--out", type=Path, default=Path("logs/first_hour"), help="folder for all it leaves")
+    parser.add_argument("--minutes", type=float, default=10, help="of the training run [10]")
+    parser.add_argument("--small", action="store_true", help="tiny shapes, as on a machine without a GPU")
+    parser.add_argument("--probe", help=argparse.SUPPRESS)
+    parser.add_argument("--fail", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device("cuda" if gpus else "cpu")
+    out = arguments.out.resolve()
+    machine = Machine(out, device, gpus, arguments.minutes, arguments.small or not gpus)
+    if arguments.fail:
+        return fail_on_one_rank(machine)
+    if not (machine.data / "manifest.json").exists():
+        make_data(machine.data, 300_000 if machine.small else 20_000_000)
+    if arguments.probe:
+        return probe(machine, arguments.probe)
+    report, failed = open(out / "report.md", "a", encoding="utf-8"), 0
+    for number in arguments.part or PARTS:
+        started, title = time.monotonic(), f"Part {number}: {PARTS[number].__doc__.splitlines()[0]}"
+        print(f"\n{title}", flush=True)
+        report.write(f"\n{title}\n\n| check | | |\n|---|---|---|\n")
+        for what, state, figure in PARTS[number](machine):
+            failed += state == "FAILED"
+            print(f"  {state:8s}{what}: {figure}", flush=True)
+            report.write(f"| {what} | {state} | {figure} |\n")
+            report.flush()
+        print(f"  {time.monotonic() - started:.0f} s", flush=True)
+    print(f"\nreport: {out / 'report.md'}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
