@@ -216,8 +216,8 @@ def ways_to_attend(document_ids: Tensor) -> dict[str, Callable]:
 
     def varlen(q, k, v, window):
         sides = (-1, -1) if window is None else (window, window)
-        ends = (cu_seqlens, cu_seqlens, longest, longest)
-        return varlen_attn(q[0], k[0], v[0], *ends, scale=0.12, window_size=sides)[None]
+        bounds = (cu_seqlens, cu_seqlens, longest, longest)
+        return varlen_attn(q[0], k[0], v[0], *bounds, scale=0.12, window_size=sides)[None]
 
     # The default backward kernel has tiles of 128 keys, which do not divide blocks of 64
     tuned = {"max_autotune": True}
