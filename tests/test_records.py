@@ -162,6 +162,7 @@ def test_expected_lines():
 
 def test_a_run_with_grad_accum_passes(corpus, tmp_path):
     settings = {"train.grad_accum": 12, "train.steps": 2, "train.save_every": 0}
+    settings |= {"train.mask_rate_start": 0.3, "train.mask_rate_end": 0.3}  # of 256 tokens 80, more than 30%
     trainer.main(flags(corpus, tmp_path, "accum", *as_flags(settings)))
     assert list(check_run(read_log(tmp_path / "accum"))) == []
 
