@@ -65,7 +65,8 @@ from records.plot import draw_curves
 
 ROOT = Path(__file__).resolve().parent
 SAMPLE = "data/sample"  # built from the documentation of the installed packages where it is missing
-MODULES = ("trainer.py", "model.py", "optimizer.py", "dataloading.py", "records/log.py")  # what a log carries
+# What a log carries, and --extract lays out to run again: this file and all that it imports from here
+MODULES = ("trainer.py", "model.py", "optimizer.py", "dataloading.py", "records/log.py", "records/plot.py")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -705,6 +706,8 @@ def fit_row_tokens(sizes: list[int], process: Process, attempt: Callable[[int], 
 class Run:
     """One pretraining: set up, trained, and finished by the methods below, in this order."""
 
+    flops_counted_by = MASKED_LAST_LAYER
+
     def __init__(self, process: Process, settings: dict, argv: list[str], code: dict[str, str]):
         """settings: as parse_flags gives them. code: read_code() of when the program started."""
         self.process, self.argv, self.code = process, argv, code
@@ -868,7 +871,7 @@ class Run:
         }
         machine = environment(process.device, process.world_size)
         self.log.open(self.argv, self.resolved(), {**machine, **measured}, data, self.code)
-        embedding = self.model.encoder.embed.weight.numel()
+        embedding = self.model.get_input_embeddings().weight.numel()
         self.log.section(
             "run",
             f"{self.folder}: {self.parameters / 1e6:.1f}M parameters "
@@ -968,12 +971,15 @@ class Run:
         """values: train_loss or val_loss, and what metrics.jsonl alone says."""
         if not self.log:
             return
-        seconds, flops = self.clock.seconds, self.work.training_flops(self.config)
+        seconds, flops = self.clock.seconds, self.flops()
         said = {"tokens": self.work.tokens, "flops": flops, "mfu": flops / max(seconds, 1e-9) / self.peak}
         losses = {name: value for name, value in values.items() if name in ("train_loss", "val_loss")}
         line = log_line(self.step, self.steps, seconds, **losses, **said)
         self.log.step(line, "val_loss" in values, step=self.step, **values, seconds=seconds, **said)
         self.log.bar.update(self.step - self.log.bar.n)
+
+    def flops(self) -> float:
+        return self.work.training_flops(self.config, self.flops_counted_by)
 
     def validate(self, loader: Loader) -> float:
         mask_id, longest = self.config.mask_token_id, self.data.max_length
@@ -1037,8 +1043,8 @@ class Run:
             "val_loss": self.val_loss,
             "test_loss": self.test_loss,
             "seconds": self.clock.seconds,
-            "flops": self.work.training_flops(self.config),
-            "flops_counted_by": MASKED_LAST_LAYER,
+            "flops": self.flops(),
+            "flops_counted_by": self.flops_counted_by,
             "work": dataclasses.asdict(self.work),
             "parameters": self.parameters,
             "model_sha256": sha256_of(model / "model.safetensors"),
@@ -1057,7 +1063,7 @@ class Run:
             template_str=MODEL_CARD,
             run=self,
             name=self.train.hf_model_name or self.folder.name,
-            flops=f"{self.work.training_flops(self.config):.3e}",
+            flops=f"{self.flops():.3e}",
             time=f"{self.clock.seconds / 60:.1f} min",
             hardware=f"{self.process.world_size} x {device}",
             mask=getattr(self.tokenizer, "mask_token", "[MASK]"),

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from records.logs import Log
-
 from dataloading import InputError
+from records.log import Log
 from records.plot import COLORS, figure
 from records.verify import RECORDS, Record, read_records, read_tracks
 
 BEGIN, END = "<!-- records: written by records/leaderboard.py -->", "<!-- end of records -->"
 
-# Published encoders: pretraining FLOPs (low, high) as estimated from their papers, parameters in millions, MNLI-m on dev in percent.
+# Published encoders: pretraining FLOPs (low, high) as estimated from their papers, parameters in millions, MNLI-m (dev)
 PUBLISHED = {
     "crammed BERT": (5e18, 5e18, 120, 83.9),
     "BERT-base": (2e19, 8e19, 110, 85.4),
@@ -44,14 +43,13 @@ PUBLISHED = {
 
 
 def duration(seconds: float) -> str:
-    hours, rest = divmod(seconds, 3600)
-    return (
-        f"{hours:.0f} h {rest / 60:.0f} min"
-        if hours
-        else f"{rest // 60:.0f} min {rest % 60:.0f} s"
-        if rest >= 60
-        else f"{rest:.1f} s"
-    )
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min"
 
 
 def matches(mnli: float | None) -> str:
@@ -60,36 +58,52 @@ def matches(mnli: float | None) -> str:
     return max(reached)[1] if reached else "-"
 
 
+COLUMNS = ("#", "what", "~matches", "parameters", "time", "FLOPs", "hardware", "validation loss", "test loss")
+COLUMNS += ("MNLI m / mm", "log", "contributors")
+
+
+def row(number: int, record: Record, folder: str) -> tuple[str, ...]:
+    """A record's cells, of COLUMNS."""
+    said, m = record.said, record.said["measured"]
+    faster = f" ({m['speedup']:.1f} times as fast)" if "speedup" in m else ""
+    return (
+        str(number),
+        f"[{said['name']}]({folder})",
+        matches(m["mnli_matched"]),
+        f"{m['parameters'] / 1e6:.1f}M",
+        duration(m["seconds"]) + faster,
+        f"{m['flops']:.2e}",
+        m["hardware"],
+        f"{m['val_loss']:.4f} (n = {m['n']})",
+        "-" if m["test_loss"] is None else f"{m['test_loss']:.4f}",
+        "-" if m["mnli_matched"] is None else f"{m['mnli_matched']:.1f} / {m['mnli_mismatched']:.1f}",
+        f"[logs]({folder}/logs)",
+        ", ".join(said["contributors"]),
+    )
+
+
 def table(root: Path, tracks: dict[str, dict], records: dict[str, list[Record]]) -> str:
+    """A table for each track that has records, and its picture."""
     parts = []
     for name, track in tracks.items():
         if not records[name]:
             continue
-        parts.append(f"**{name}**: {track['title']}. Target: {track['target']['metric']} {track['target']['value']}.\n")
-        parts.append(
-            "| # | what | ~matches | parameters | time | FLOPs | hardware | validation loss | test loss | MNLI m / mm | log | contributors |\n"
-            "|---|---|---|---|---|---|---|---|---|---|---|---|"
-        )
+        target = track["target"]
+        parts.append(f"**{name}**: {track['title']}. Target: {target['metric']} {target['value']}.\n")
+        parts += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
         for number, record in enumerate(records[name], 1):
-            said, m, folder = record.said, record.said["measured"], record.path.relative_to(root.parent).as_posix()
-            faster = f" ({m['speedup']:.1f} times as fast)" if "speedup" in m else ""
-            test = "-" if m["test_loss"] is None else f"{m['test_loss']:.4f}"
-            mnli = "-" if m["mnli_matched"] is None else f"{m['mnli_matched']:.1f} / {m['mnli_mismatched']:.1f}"
-            parts.append(
-                f"| {number} | [{said['name']}]({folder}) | {matches(m['mnli_matched'])} | {m['parameters'] / 1e6:.1f}M | {duration(m['seconds'])}{faster} | "
-                f"{m['flops']:.2e} | {m['hardware']} | {m['val_loss']:.4f} (n = {m['n']}) | {test} | {mnli} | [logs]({folder}/logs) | "
-                f"{', '.join(said['contributors'])} |"
-            )
+            cells = row(number, record, record.path.relative_to(root.parent).as_posix())
+            parts.append(f"| {' | '.join(cells)} |")
         parts.append(f"\n![{name}: seconds of each record, and loss against seconds](records/figures/{name}.png)\n")
     return "\n".join(parts) or "No record yet."
 
 
 def with_table(text: str, content: str) -> str:
+    """A page with the table between its marks."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise InputError(f"README.md has no place for the table: put the lines {BEGIN!r} and {END!r} back")
-    return re.sub(
-        f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: f"{BEGIN}\n{content}\n{END}", text, flags=re.DOTALL
-    )
+    before, after = text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
+    return f"{before}{BEGIN}\n{content}\n{END}{after}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,95 +112,58 @@ def with_table(text: str, content: str) -> str:
 
 def draw_losses(axis, track: dict, runs: dict[str, list[Log]]) -> None:
     """Validation loss against seconds, every run, and the target."""
-    for color, (name, logs) in zip(COLORS * len(runs), runs.items()):
+    for color, (name, logs) in zip(itertools.cycle(COLORS), runs.items()):
         for number, log in enumerate(logs):
             points = [(line.seconds, line.val_loss) for line in log.lines if line.val_loss is not None]
-            axis.plot(
-                *zip(*points),
-                "o-",
-                color=color,
-                lw=1.2,
-                ms=3,
-                alpha=0.8,
-                label=f"{name} (n = {len(logs)})" if number == 0 else None,
-            )
-    if track["target"]["metric"] == "val_loss":
-        axis.axhline(
-            track["target"]["value"], color="#444444", lw=1, ls=":", label=f"target {track['target']['value']}"
-        )
+            label = f"{name} (n = {len(logs)})" if number == 0 else None
+            axis.plot(*zip(*points), "o-", color=color, lw=1.2, ms=3, alpha=0.8, label=label)
+    target = track["target"]
+    if target["metric"] == "val_loss":
+        axis.axhline(target["value"], color="#444444", lw=1, ls=":", label=f"target {target['value']}")
     axis.set(xlabel="training time (seconds)", ylabel="validation loss (nats per masked token)")
     axis.legend(frameon=False, fontsize=8)
 
 
+def write_name(axis, name: str, place: tuple[float, float], offset: tuple[int, int], **style) -> None:
+    axis.annotate(name, place, xytext=offset, textcoords="offset points", **style)
+
+
 def draw_history(axis, records: list[Record]) -> None:
-    days = [record.said["date"] for record in records]
-    axis.plot(
-        range(len(records)),
-        [record.said["measured"]["seconds"] for record in records],
-        "o-",
-        color=COLORS[0],
-        drawstyle="steps-post",
-    )
-    for number, record in enumerate(records):
-        axis.annotate(
-            record.said["name"],
-            (number, record.said["measured"]["seconds"]),
-            xytext=(4, 6),
-            textcoords="offset points",
-            fontsize=8,
-        )
+    """Seconds of each record, the oldest first."""
+    seconds = [record.said["measured"]["seconds"] for record in records]
+    axis.plot(range(len(records)), seconds, "o-", color=COLORS[0], drawstyle="steps-post")
+    for place, record in zip(enumerate(seconds), records):
+        write_name(axis, record.said["name"], place, (4, 6), fontsize=8)
     axis.set(xlabel="record", ylabel="time to target (seconds, logarithmic)", yscale="log")
-    axis.set_xticks(range(len(records)), days, fontsize=8)
+    axis.set_xticks(range(len(records)), [record.said["date"] for record in records], fontsize=8)
     axis.margins(x=0.25, y=0.2)
 
 
 def draw_pareto(axis, records: dict[str, list[Record]]) -> None:
     """MNLI against pretraining FLOPs, and the front that nothing published beats."""
-    points = [(math.sqrt(low * high), score, name, (low, high)) for name, (low, high, _, score) in PUBLISHED.items()]
-    for flops, score, name, (low, high) in points:
-        axis.errorbar(
-            flops,
-            score,
-            xerr=[[flops - low], [high - flops]] if high > low else None,
-            fmt="o",
-            color="#2a6fb0",
-            ms=4,
-            lw=1,
-        )
-        below = name in ("BERT-base", "ModernBERT-base")  # their neighbours' names stand above
-        axis.annotate(
-            name,
-            (flops, score),
-            xytext=(-5, -4) if below else (5, 3),
-            textcoords="offset points",
-            fontsize=7,
-            ha="right" if below else "left",
-            va="top" if below else "bottom",
-        )
-    for record in (
-        record for track in records.values() for record in track if record.said["measured"]["mnli_matched"] is not None
-    ):
+    points = []
+    for name, (low, high, _, score) in PUBLISHED.items():
+        flops = math.sqrt(low * high)
+        points.append((flops, score))
+        reach = [[flops - low], [high - flops]] if high > low else None
+        axis.errorbar(flops, score, xerr=reach, fmt="o", color=COLORS[1], ms=4, lw=1)
+        if name in ("BERT-base", "ModernBERT-base"):  # their neighbours' names stand above
+            write_name(axis, name, points[-1], (-5, -4), fontsize=7, ha="right", va="top")
+        else:
+            write_name(axis, name, points[-1], (5, 3), fontsize=7)
+    for record in itertools.chain(*records.values()):
         m = record.said["measured"]
-        axis.plot(m["flops"], m["mnli_matched"], "*", color=COLORS[0], ms=10)
-        axis.annotate(
-            record.said["name"],
-            (m["flops"], m["mnli_matched"]),
-            xytext=(5, 3),
-            textcoords="offset points",
-            fontsize=7,
-            color=COLORS[0],
-        )
-        points.append((m["flops"], m["mnli_matched"], "", ()))
-    front, best = [], -math.inf
-    for flops, score, *_ in sorted(points):
-        if score > best:
-            front, best = [*front, (flops, score)], score
+        if m["mnli_matched"] is not None:
+            points.append((m["flops"], m["mnli_matched"]))
+            axis.plot(*points[-1], "*", color=COLORS[0], ms=10)
+            write_name(axis, record.said["name"], points[-1], (5, 3), fontsize=7, color=COLORS[0])
+    front: list[tuple[float, float]] = []
+    for flops, score in sorted(points):
+        if not front or score > front[-1][1]:
+            front.append((flops, score))
     axis.plot(*zip(*front), color="#444444", lw=1, ls="--", drawstyle="steps-post", label="Pareto front")
-    axis.set(
-        xlabel="pretraining FLOPs (logarithmic; bars: range of estimates)",
-        ylabel="MNLI-m accuracy on dev (%)",
-        xscale="log",
-    )
+    axis.set(xlabel="pretraining FLOPs (logarithmic; bars: range of estimates)", xscale="log")
+    axis.set(ylabel="MNLI-m accuracy on dev (%)")
     axis.margins(x=0.15, y=0.1)
     axis.legend(frameon=False, fontsize=8)
 
@@ -216,33 +193,27 @@ def draw_runs(out: Path, track: dict, runs: dict[str, list[Log]]) -> None:
     save(out, "", 1, lambda axes: draw_losses(axes[0], track, runs))
 
 
-def pictures(tracks: dict[str, dict], records: dict[str, list[Record]]) -> dict[str, tuple[str, int, Callable]]:
-    """File name -> hash of its source, number of panels, and what draws them."""
+def source_hash(*parts: object) -> str:
+    """Of what a picture is drawn from, and of the code that draws it."""
+    code = "".join(path.read_text(encoding="utf-8") for path in (Path(__file__), RECORDS / "plot.py"))
+    return hashlib.sha256(json.dumps([code, *parts], default=str).encode()).hexdigest()
 
-    def source(*parts: object) -> str:
-        code = "".join(Path(path).read_text(encoding="utf-8") for path in (__file__, RECORDS / "plot.py"))
-        return hashlib.sha256(json.dumps([code, *parts], default=str).encode()).hexdigest()
 
-    found = {
-        "pareto.png": (
-            source([record.said["measured"] for track in records.values() for record in track]),
-            1,
-            lambda axes: draw_pareto(axes[0], records),
-        )
-    }
+def pictures(tracks: dict[str, dict], records: dict[str, list[Record]]) -> Iterator[tuple[str, str, int, Callable]]:
+    """File name, hash of its source, number of panels, and what draws them."""
+    measured = [record.said["measured"] for record in itertools.chain(*records.values())]
+    yield "pareto.png", source_hash(measured), 1, lambda axes: draw_pareto(axes[0], records)
     for name, track in tracks.items():
-        if records[name]:
+        if not (mine := records[name]):
+            continue
+        runs = {record.said["name"]: record.logs for record in mine}
 
-            def draw(axes, track=track, mine=records[name]):
-                draw_losses(axes[0], track, {record.said["name"]: record.logs for record in mine})
-                draw_history(axes[1], mine)
+        def draw(axes, track=track, mine=mine, runs=runs):
+            draw_losses(axes[0], track, runs)
+            draw_history(axes[1], mine)
 
-            found[f"{name}.png"] = (
-                source(track, [(record.said, [log.text for log in record.logs]) for record in records[name]]),
-                2,
-                draw,
-            )
-    return found
+        said = [(record.said, [log.text for log in record.logs]) for record in mine]
+        yield f"{name}.png", source_hash(track, said), 2, draw
 
 
 def update(root: Path, check: bool) -> list[Path]:
@@ -256,7 +227,7 @@ def update(root: Path, check: bool) -> list[Path]:
         stale.append(readme)
         if not check:
             readme.write_text(fresh, encoding="utf-8")
-    for name, (source, panels, draw) in pictures(tracks, records).items():
+    for name, source, panels, draw in pictures(tracks, records):
         out = root / "figures" / name
         if source_of(out) != source:
             stale.append(out)
@@ -270,11 +241,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; say what is stale")
     check = parser.parse_args().check
     stale = update(RECORDS, check)
-    print(
-        f"{'stale' if check else 'written'}: {', '.join(map(str, stale))}"
-        if stale
-        else "tables and pictures are up to date"
-    )
+    names = ", ".join(map(str, stale))
+    print(f"{'stale' if check else 'written'}: {names}" if stale else "tables and pictures are up to date")
     if check and stale:
         sys.exit("error: run python records/leaderboard.py and commit what it writes")
 

@@ -265,7 +265,7 @@ JSON_SECTIONS = ("config", "environment", "data", "result")
 class Line:
     """One line of numbers; what it does not say is None."""
 
-    number: int  # in the log without code
+    number: int  # in the file
     step: int
     seconds: float
     train_loss: float | None = None
@@ -286,7 +286,7 @@ class Log:
     code: dict[str, str]  # module -> text; empty when the log has been stripped
     hashes: dict[str, str] = field(default_factory=dict)  # module -> sha256
     sections: dict[str, object] = field(default_factory=dict)
-    at: dict[str, int] = field(default_factory=dict)  # section -> number of its line
+    at: dict[str, int] = field(default_factory=dict)  # section -> number of its line in the file
     lines: list[Line] = field(default_factory=list)
     digest: str = ""  # of what stands before the result
 
@@ -321,8 +321,9 @@ def read_log(path: Path) -> Log:
         raise InputError(f"{path} is not there: give the folder of a run, such as logs/RUN")
     text, code = split_code(path.read_bytes().decode())
     log = Log(path, text, code)
-    title, lines = None, text.split("\n")
-    for number, line in enumerate(lines, 1):
+    title, lines, lines_of_code = None, text.split("\n"), 0
+    for index, line in enumerate(lines):
+        number = index + 1 + lines_of_code
         if match := re.fullmatch(r"=== (.+)", line):
             title = match[1]
             if title in JSON_SECTIONS and title in log.sections:  # a finetuning that was resumed opens its log again
@@ -330,9 +331,10 @@ def read_log(path: Path) -> Log:
             log.sections.setdefault(title, "")
             log.at[title] = number
             if title == "result":
-                log.digest = hashlib.sha256("\n".join([*lines[: number - 1], ""]).encode()).hexdigest()
+                log.digest = hashlib.sha256("\n".join([*lines[:index], ""]).encode()).hexdigest()
         elif header := CODE_HEADER.match(line):
             log.hashes[header["name"]] = header["sha256"]
+            lines_of_code += code.get(header["name"], "").count("\n")
         elif line.startswith(("step:", "task:")):
             if not (match := LOG_LINE.match(line)):
                 raise InputError(f"{path}:{number}: not a line of a log: {line[:80]!r}")

@@ -2,8 +2,10 @@
 
     python records/submit.py logs/RUN1 logs/RUN2 logs/RUN3 --track sample-cpu --name smaller-heads --contributors you \\
         --what "Heads of 32 instead of 64." [--paired logs/BEFORE1 ...] [--finetuned logs/MNLI1 ...]
+    python records/submit.py --extract records/TRACK/DATE_NAME --out DIR
 
---paired: runs of the record before, with its own code, on the machine of these runs; not needed when that record's own logs were made there.
+--paired: runs of the record before, with its own code, on the machine of these runs; not needed when that record's own
+logs were made there. --extract lays that code out to run again (records/README.md says how).
 """
 
 from __future__ import annotations
@@ -18,11 +20,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from records.logs import read_log
-
 from dataloading import InputError
 from records.leaderboard import draw_runs
-from records.verify import RECORDS, Record, check_record, measure, paired_logs, read_records, read_tracks
+from records.log import read_log
+from records.verify import (
+    RECORDS,
+    Record,
+    check_code,
+    check_record,
+    measure,
+    paired_logs,
+    read_records,
+    read_tracks,
+    with_logs,
+)
 
 PAGE = """# {name}
 
@@ -30,13 +41,14 @@ PAGE = """# {name}
 
 | runs | parameters | training time | model FLOPs | validation loss | target | p |
 |---|---|---|---|---|---|---|
-| {n} | {parameters:.1f}M | {seconds:.1f} s ± {seconds_std:.1f} | {flops:.3e} | {val_loss:.4f} ± {val_loss_std:.4f} | {target} | {p} |
+| {n} | {millions:.1f}M | {seconds:.1f} s ± {seconds_std:.1f} | {flops:.3e} | {val_loss:.4f} ± {val_loss_std:.4f} \
+| {target} | {p} |
 
 {hardware}, track [{track}](../../README.md). {against}
 
 ![Loss against seconds](curve.png)
 
-Logs: {logs}. The code that ran: [code](code). Command of the first run:
+Logs: {links}. The first holds the code that ran. Command of the first run:
 
 ```bash
 {command}
@@ -44,61 +56,40 @@ Logs: {logs}. The code that ran: [code](code). Command of the first run:
 """
 
 
-def write_record(
-    into: Path, said: dict, runs: Sequence[Path], finetuned: Sequence[Path], paired: Sequence[Path]
-) -> Record:
-    """Logs without their code, and the code once. Raises InputError for what is not a log."""
-    logs: dict[str, list] = {}
+def write_logs(into: Path, said: dict, runs: Sequence[Path], finetuned: Sequence[Path], paired: Sequence[Path]) -> None:
+    """The first log as the run wrote it, the others without the code that it keeps for all."""
     for folder, paths in (("logs", runs), ("finetuned", finetuned), ("paired", paired)):
         for number, path in enumerate(paths, 1):
-            log = read_log(path)
-            target = into / folder / f"{number}.txt"
+            log, target = read_log(path), into / folder / f"{number}.txt"
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(log.text, encoding="utf-8")
-            logs.setdefault(folder, []).append(log)
-    for name, text in logs["logs"][0].code.items():
-        target = into / "code" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
-    if not logs["logs"][0].code:
-        raise InputError(f"{runs[0]} has no code in it: give the folder of a run under logs/")
+            whole = folder == "logs" and number == 1
+            target.write_bytes(log.path.read_bytes() if whole else log.text.encode())
     said["logs"] = [f"logs/{number}.txt" for number in range(1, len(runs) + 1)]
-    return Record(
-        into,
-        said,
-        *(
-            [read_log(into / folder / f"{number}.txt") for number in range(1, len(logs.get(folder, [])) + 1)]
-            for folder in ("logs", "finetuned", "paired")
-        ),
-    )
 
 
 def page(record: Record, track: dict, before: Record | None) -> str:
     said, measured = record.said, record.said["measured"]
     against = "The first of its track."
     if before:
-        against = (
-            f"{measured['speedup']:.2f} times as fast as [{before.said['name']}](../{before.path.name}) on the same machine "
-            f"(Welch's t-test, p = {measured['p_faster']:.1e})."
-        )
+        link = f"[{before.said['name']}](../{before.path.name})"
+        test = f"(Welch's t-test, p = {measured['p_faster']:.1e})"
+        against = f"{measured['speedup']:.2f} times as fast as {link} on the same machine {test}."
     return PAGE.format(
-        **{key: value for key, value in measured.items() if key not in ("parameters",)},
-        parameters=measured["parameters"] / 1e6,
-        name=said["name"],
-        what=said["what"],
-        track=said["track"],
+        **said,
+        **measured,
+        millions=measured["parameters"] / 1e6,
         against=against,
         command=record.logs[0].sections["command"].strip(),
         target=f"{track['target']['metric']} {track['target']['value']}",
         p="waived" if said.get("systems_only") else f"{measured['p_target']:.1e}",
-        logs=", ".join(f"[{number}]({name})" for number, name in enumerate(said["logs"], 1)),
+        links=", ".join(f"[{number}]({name})" for number, name in enumerate(said["logs"], 1)),
     )
 
 
 def submit(
     root: Path, runs: Sequence[Path], said: dict, finetuned: Sequence[Path] = (), paired: Sequence[Path] = ()
 ) -> Path:
-    """Returns the record's folder. Raises InputError, and leaves nothing behind, when it would not pass the verifier."""
+    """Returns the record's folder. Raises InputError, and leaves nothing behind, when the verifier would refuse it."""
     tracks = read_tracks(root)
     if said["track"] not in tracks:
         raise InputError(f"track {said['track']!r} is not declared: choose from {', '.join(tracks)}")
@@ -111,18 +102,16 @@ def submit(
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        record = write_record(temporary, said, runs, finetuned, paired)
+        write_logs(temporary, said, runs, finetuned, paired)
+        record = with_logs(temporary, said)
         before = next(reversed(read_records(root / said["track"])), None)
         if before:
             said["beats"] = before.path.name
         said["declared_runs"] = record.logs[0].named("config", "train", "declared_runs") or 0
         said["measured"] = measure(record, track["target"], paired_logs(record, before))
         (temporary / "record.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-        draw_runs(
-            temporary / "curve.png",
-            track,
-            {said["name"]: record.logs} | ({before.said["name"]: before.logs} if before else {}),
-        )
+        drawn = {said["name"]: record.logs} | ({before.said["name"]: before.logs} if before else {})
+        draw_runs(temporary / "curve.png", track, drawn)
         (temporary / "README.md").write_text(page(record, track, before), encoding="utf-8")
         if problems := list(check_record(record, tracks, before)):
             raise InputError("this is no record yet:\n" + "\n".join(problems))
@@ -132,35 +121,52 @@ def submit(
     return folder
 
 
+def extract(path: Path, out: Path) -> str:
+    """Lays out the code of a log: of a record's first one, or a run's. Returns the command that the log opens with."""
+    log = read_log(path / "logs" / "1.txt" if (path / "record.json").exists() else path)
+    for problem in check_code(log):
+        raise InputError(problem)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out} is there already, and is not an empty folder: choose another --out")
+    for name, text in log.code.items():
+        target = out / name
+        if not target.resolve().is_relative_to(out.resolve()):
+            raise InputError(
+                f"{log.path} names a module {name}, which would lie outside {out}: this is not a run's log"
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(text.encode())
+    return log.sections["command"].strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of all declared runs")
-    parser.add_argument("--track", required=True, help="track of records/tracks.json")
-    parser.add_argument("--name", required=True, help="a few words with dashes")
-    parser.add_argument("--contributors", required=True, nargs="+", help="who did it")
-    parser.add_argument("--what", required=True, help="what is new, in a sentence or two")
-    parser.add_argument(
-        "--finetuned", type=Path, nargs="+", default=[], metavar="RUN", help="MNLI finetunings of these runs"
-    )
-    parser.add_argument(
-        "--paired", type=Path, nargs="+", default=[], metavar="RUN", help="runs of the record before on this machine"
-    )
-    parser.add_argument(
-        "--systems-only",
-        metavar="WHY",
-        help="nothing that the loss depends on has changed: waives the test of the loss",
-    )
+    add = parser.add_argument
+    add("runs", type=Path, nargs="*", metavar="RUN", help="folders of all declared runs")
+    add("--track", help="track of records/tracks.json")
+    add("--name", help="a few words with dashes")
+    add("--contributors", nargs="+", help="who did it")
+    add("--what", help="what is new, in a sentence or two")
+    add("--finetuned", type=Path, nargs="+", default=[], metavar="RUN", help="MNLI finetunings of these runs")
+    add("--paired", type=Path, nargs="+", default=[], metavar="RUN", help="runs of the record before on this machine")
+    add("--systems-only", metavar="WHY", help="nothing that the loss depends on has changed: waives its test")
+    add("--extract", type=Path, metavar="RECORD", help="lay out the code of a record, or of a run, in --out")
+    add("--out", type=Path, metavar="DIR", help="folder for --extract")
     arguments = parser.parse_args()
+    if arguments.extract:
+        if not arguments.out:
+            parser.error("--extract needs --out DIR")
+        command = extract(arguments.extract, arguments.out)
+        print(f"written: {arguments.out}\nbring its data/ there, then run: {command}")
+        return
+    said = {name: getattr(arguments, name) for name in ("track", "name", "contributors", "what")}
+    if missing := [f"--{name}" for name, value in said.items() if not value]:
+        parser.error(f"a record needs {', '.join(missing)}")
+    if not arguments.runs:
+        parser.error("a record needs the folders of its runs")
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", arguments.name):
         raise InputError(f"--name {arguments.name!r}: use small letters, digits and dashes")
-    started = max(str(read_log(run).named("environment", "started")) for run in arguments.runs)
-    said = {
-        "track": arguments.track,
-        "name": arguments.name,
-        "date": started[:10],
-        "contributors": arguments.contributors,
-        "what": arguments.what,
-    }
+    said["date"] = max(str(read_log(run).named("environment", "started")) for run in arguments.runs)[:10]
     if arguments.systems_only:
         said["systems_only"] = arguments.systems_only
     folder = submit(RECORDS, arguments.runs, said, arguments.finetuned, arguments.paired)

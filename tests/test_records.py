@@ -4,57 +4,52 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from records.logs import read_log
-from test_trainer import TINY
 from transformers import AutoTokenizer
 
-import finetuner
-from conftest import ROOT, run_python
+import trainer
+from conftest import ROOT, TINY_SHAPE, as_flags, flags, losses, metrics_of, run_python
 from dataloading import InputError
-from records.leaderboard import BEGIN, END, matches, update
-from records.plot import draw
-from records.submit import submit
-from records.verify import check_run, expected_steps, verify
-from trainer import LOG_LINE, log_line, main
+from records.baseline import modernbert
+from records.leaderboard import BEGIN, END, duration, matches, update
+from records.log import LOG_LINE, WHOLE_LAST_LAYER, log_line, read_log, split_code
+from records.plot import draw, series
+from records.submit import extract, submit
+from records.verify import check_run, check_track, expected_steps, verify
 
-DATE_NAMES = ("before", "ours")
+SHORT = {"steps": 8, "valid_every": 4, "log_every": 2, "save_every": 0, "declared_runs": 3}
 
 
 def sealed(text: str) -> str:
     """A log with the hash that its lines ask for."""
-    head, tail = text.split("=== result\n")
-    result = json.loads(tail) | {"log_sha256": hashlib.sha256(head.encode()).hexdigest()}
-    return f"{head}=== result\n{json.dumps(result)}\n"
+    head, title, tail = text.rpartition("=== result\n")
+    digest = hashlib.sha256(split_code(head)[0].encode()).hexdigest()
+    return f"{head}{title}{json.dumps(json.loads(tail) | {'log_sha256': digest})}\n"
 
 
 def retimed(text: str, seconds_a_step: float, jitter: float) -> str:
     """The same run on a faster or slower machine, consistent down to the hash."""
     peak = json.loads(text.split("=== environment\n")[1].split("\n")[0])["peak_flops"]
-    lines = []
-    for line in text.split("\n"):
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
         if match := LOG_LINE.match(line):
             step, flops = int(match["step"]), float(match["flops"])
             seconds = step * seconds_a_step + (jitter if step else 0)
-            loss = {name: float(match[name]) for name in ("train_loss", "val_loss") if match[name]}
-            line = log_line(
-                step,
-                int(match["steps"]),
-                seconds,
-                int(match["tokens"]),
-                flops,
-                flops / max(seconds, 1e-9) / peak,
-                **loss,
-            )
+            said = {name: float(match[name]) for name in ("train_loss", "val_loss") if match[name]}
+            said |= {"tokens": int(match["tokens"]), "flops": flops, "mfu": flops / max(seconds, 1e-9) / peak}
+            lines[number] = log_line(step, int(match["steps"]), seconds, **said)
         elif line.startswith('{"run"'):
-            line = json.dumps(json.loads(line) | {"seconds": json.loads(line)["step"] * seconds_a_step + jitter})
-        lines.append(line)
+            result = json.loads(line)
+            lines[number] = json.dumps(result | {"seconds": result["step"] * seconds_a_step + jitter})
     return sealed("\n".join(lines))
 
 
@@ -63,29 +58,8 @@ def runs(corpus, tmp_path_factory) -> list[Path]:
     """Three declared runs of 8 steps. Their times are set, so that no test depends on how busy this machine is."""
     out = tmp_path_factory.mktemp("declared")
     for seed in (1, 2, 3):
-        main(
-            [
-                *TINY,
-                "--data.dir",
-                str(corpus),
-                "--train.out",
-                str(out),
-                "--train.run_name",
-                f"run-{seed}",
-                "--train.steps",
-                "8",
-                "--train.valid_every",
-                "4",
-                "--train.log_every",
-                "2",
-                "--train.save_every",
-                "0",
-                "--train.seed",
-                str(seed),
-                "--train.declared_runs",
-                "3",
-            ]
-        )
+        settings = {f"train.{name}": value for name, value in (SHORT | {"seed": seed}).items()}
+        trainer.main(flags(corpus, out, f"run-{seed}", *as_flags(settings)))
     return sorted(out.iterdir())
 
 
@@ -98,50 +72,25 @@ def archive(runs, tmp_path_factory) -> Path:
     (root.parent / "README.md").write_text(f"# Title\n{BEGIN}\n{END}\nThe rest.\n")
     log = read_log(runs[0])
     worst = max(read_log(run).named("result", "val_loss") for run in runs)
-    (root / "tracks.json").write_text(
-        json.dumps(
-            {
-                "tiny": {
-                    "title": "for tests",
-                    "why": "",
-                    "target": {"metric": "val_loss", "value": worst + 0.5},
-                    "min_runs": 3,
-                    "max_length": 100,
-                    "data": {
-                        "hash": log.named("data", "hash"),
-                        "tokenizer_sha256": log.named("data", "tokenizer"),
-                        "validation": log.named("data", "validation"),
-                    },
-                    "hardware": {"world_size": 1, "threads": log.named("environment", "threads")},
-                }
-            }
-        )
-    )
-    for name, seconds in zip(DATE_NAMES, (2.0, 1.0)):
+    data, environment = log.named("data"), log.named("environment")
+    track = {
+        "title": "for tests",
+        "why": "",
+        "target": {"metric": "val_loss", "value": worst + 0.5},
+        "min_runs": 3,
+        "max_length": 100,
+        "data": {"hash": data["hash"], "tokenizer_sha256": data["tokenizer"], "validation": data["validation"]},
+        "hardware": {"world_size": 1, "threads": environment["threads"]},
+    }
+    (root / "tracks.json").write_text(json.dumps({"tiny": track}))
+    for name, seconds in (("before", 2.0), ("ours", 1.0)):
         folders = []
         for number, run in enumerate(runs):
             folders.append(tmp_path_factory.mktemp(f"{name}-{number}"))
-            stripped = read_log(run)
-            text = (run / "log.txt").read_text()
-            timed = retimed(stripped.text, seconds, 0.01 * number).split("\n")
-            # the code goes back where it was
-            code = text[text.index("--- trainer.py") : text.index("=== run")].split("\n")
-            first, last = (
-                next(i for i, line in enumerate(timed) if line.startswith(start))
-                for start in ("--- trainer.py", "=== run")
-            )
-            (folders[-1] / "log.txt").write_text("\n".join([*timed[:first], *code[:-1], *timed[last:]]))
-        submit(
-            root,
-            folders,
-            {
-                "track": "tiny",
-                "name": name,
-                "date": log.named("environment", "started")[:10],
-                "contributors": ["a", "b"],
-                "what": "A test.",
-            },
-        )
+            timed = retimed((run / "log.txt").read_text(), seconds, 0.01 * number)
+            (folders[-1] / "log.txt").write_text(timed)
+        said = {"track": "tiny", "name": name, "contributors": ["a", "b"], "what": "A test."}
+        submit(root, folders, said | {"date": environment["started"][:10]})
     return root
 
 
@@ -188,19 +137,11 @@ def test_true_records_pass(archive):
         assert verify(folder) == []
     ours = next((archive / "tiny").glob("*_ours"))
     said = json.loads((ours / "record.json").read_text())
-    assert (
-        said["beats"].endswith("_before")
-        and said["measured"]["speedup"] == pytest.approx(2, rel=1e-3)
-        and said["measured"]["n"] == 3
-    )
-    assert {path.name for path in (ours / "code").iterdir()} == {
-        "trainer.py",
-        "model.py",
-        "optimizer.py",
-        "dataloading.py",
-    }
-    assert (ours / "code" / "model.py").read_bytes() == (ROOT / "model.py").read_bytes()
-    assert "def " not in (ours / "logs" / "1.txt").read_text() and (ours / "curve.png").stat().st_size > 1000
+    assert said["beats"].endswith("_before") and said["measured"]["n"] == 3
+    assert said["measured"]["speedup"] == pytest.approx(2, rel=1e-3)
+    assert {path.name for path in ours.iterdir()} == {"record.json", "logs", "README.md", "curve.png"}
+    assert read_log(ours / "logs" / "1.txt").code == {name: (ROOT / name).read_text() for name in trainer.MODULES}
+    assert "def " not in (ours / "logs" / "2.txt").read_text() and (ours / "curve.png").stat().st_size > 1000
     assert sum(path.stat().st_size for path in ours.rglob("*") if path.is_file()) < 300_000
 
 
@@ -219,35 +160,85 @@ def test_expected_lines():
     assert expected_steps(train | {"valid_every": 0, "save_every": 15}, 20) == ({10, 15, 20}, {20})
 
 
+def test_a_run_with_grad_accum_passes(corpus, tmp_path):
+    settings = {"train.grad_accum": 12, "train.steps": 2, "train.save_every": 0}
+    settings |= {"train.mask_rate_start": 0.3, "train.mask_rate_end": 0.3}  # of 256 tokens 80, more than 30%
+    trainer.main(flags(corpus, tmp_path, "accum", *as_flags(settings)))
+    assert list(check_run(read_log(tmp_path / "accum"))) == []
+
+
+# --- the code of a log, laid out again
+
+
+def test_extracted_code_is_that_of_the_log_and_runs(archive, runs, tmp_path):
+    for source in (next((archive / "tiny").glob("*_ours")), runs[0], runs[0] / "log.txt"):
+        out = tmp_path / f"{source.name}-code"
+        assert extract(source, out).startswith("trainer.py --preset micro")
+        found = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*.py")}
+        hashes = {name: hashlib.sha256(text).hexdigest() for name, text in found.items()}
+        assert hashes == read_log(runs[0]).hashes
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "trainer.py", "--help"], cwd=out, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_code_of_committed_records_can_be_extracted(tmp_path):
+    for folder in sorted(path.parent for path in (ROOT / "records").glob("*/*/record.json")):
+        extract(folder, tmp_path / folder.parent.name / folder.name)
+
+
+def test_extracting_refuses_what_would_do_harm(record, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("kept")
+    with pytest.raises(InputError, match="not an empty folder"):
+        extract(record, tmp_path / "full")
+    with pytest.raises(InputError, match="not an empty folder"):
+        extract(record, tmp_path / "full" / "file")
+    with pytest.raises(InputError, match="no code in it"):
+        extract(record / "logs" / "2.txt", tmp_path / "out")
+    change(record / "logs" / "1.txt", lambda text: text.replace("--- records/plot.py ", "--- ../../plot.py "))
+    with pytest.raises(InputError, match="would lie outside"):
+        extract(record, tmp_path / "deep" / "out")
+    assert not (tmp_path / "plot.py").exists() and (tmp_path / "full" / "file").read_text() == "kept"
+
+
+def test_commands_of_submit(record, tmp_path):
+    done = run_python("records/submit.py", "--extract", record, "--out", tmp_path / "code")
+    assert done.returncode == 0 and "run: trainer.py --preset micro" in done.stdout
+    assert (tmp_path / "code" / "trainer.py").read_bytes() == (ROOT / "trainer.py").read_bytes()
+    done = run_python("records/submit.py", "logs/run", "--track", "tiny")
+    assert done.returncode == 2 and "a record needs --name, --contributors, --what" in done.stderr
+
+
 # --- forgeries
+
+FORGED = (
+    (lambda text: re.sub(r"(step:6/8 .* train_time:)6\d\d\d", r"\g<1>5123", text), "step_avg is not train_time / step"),
+    (lambda text: re.sub(r"(step:6/8 .* mfu:)\d", r"\g<1>9", text), "mfu is not flops"),
+    (lambda text: re.sub(r"step:6/8 .*\n", "", text), "no train_loss after step 6"),
+    (lambda text: re.sub(r"(step:4/8 val_loss.*\n)", r"\1\1", text), "a val_loss too many, after step 4"),
+    (
+        lambda text: re.sub(r"(step:8/8 val_loss:)\d", r"\g<1>0", text),
+        "the last line's val_loss is not that of the result",
+    ),
+    (lambda text: re.sub(r"(step:6/8.*)\n(step:8/8.*)\n", r"\2\n\1\n", text), "does not grow"),
+    (in_section("result", "seconds", 1.0), "the last line's seconds"),
+    (in_section("result", "flops", 1.0e9), "do not follow from the configuration"),
+    (in_section("result", "flops_counted_by", WHOLE_LAST_LAYER), "do not follow from the configuration"),
+    (
+        in_section("result", "flops_counted_by", "guess"),
+        "FLOPs counted by 'guess': the ways known here are masked-last",
+    ),
+    (in_section("result", "work.masked", 10), "work.masked is 10, outside"),
+    (in_section("config", "model.hidden_size", 128), "do not follow from the configuration"),
+    (in_section("config", "train.steps", 9), "8 steps of the 9 configured"),
+    (in_section("result", "finished", False), "did not finish"),
+    (lambda text: text.replace("=== run\n", "=== resumed\nstep-000004\n=== run\n"), "a resumed run"),
+)
 
 
 @pytest.mark.parametrize("seal", (True, False), ids=("sealed", "unsealed"))
-@pytest.mark.parametrize(
-    "edit,message",
-    (
-        (
-            lambda text: re.sub(r"(step:6/8 .* train_time:)6\d\d\d", r"\g<1>5123", text),
-            "step_avg is not train_time / step",
-        ),
-        (lambda text: re.sub(r"(step:6/8 .* mfu:)\d", r"\g<1>9", text), "mfu is not flops"),
-        (lambda text: re.sub(r"step:6/8 .*\n", "", text), "no train_loss after step 6"),
-        (lambda text: re.sub(r"(step:4/8 val_loss.*\n)", r"\1\1", text), "a val_loss too many, after step 4"),
-        (
-            lambda text: re.sub(r"(step:8/8 val_loss:)\d", r"\g<1>0", text),
-            "the last line's val_loss is not that of the result",
-        ),
-        (lambda text: re.sub(r"(step:6/8.*)\n(step:8/8.*)\n", r"\2\n\1\n", text), "does not grow"),
-        (in_section("result", "seconds", 1.0), "the last line's seconds"),
-        (in_section("result", "flops", 1.0e9), "do not follow from the configuration"),
-        (in_section("result", "work.masked", 10), "work.masked is 10, outside"),
-        (in_section("config", "model.hidden_size", 128), "do not follow from the configuration"),
-        (in_section("config", "train.steps", 9), "8 steps of the 9 configured"),
-        (in_section("result", "finished", False), "did not finish"),
-        (lambda text: text.replace("=== run\n", "=== resumed\nstep-000004\n=== run\n"), "a resumed run"),
-    ),
-    ids=range(13),
-)
+@pytest.mark.parametrize("edit,message", FORGED, ids=range(len(FORGED)))
 def test_an_edited_log(record, edit, message, seal):
     log = record / "logs" / "2.txt"
     change(log, edit, seal)
@@ -256,10 +247,26 @@ def test_an_edited_log(record, edit, message, seal):
 
 
 def test_an_edited_line_breaks_the_seal(record):
-    change(
-        record / "logs" / "1.txt", lambda text: re.sub(r"(step:4/8 train_loss:\d\.\d\d)", r"\g<1>1", text), seal=False
-    )
+    edit = lambda text: re.sub(r"(step:4/8 train_loss:\d\.\d\d)", r"\g<1>1", text)  # noqa: E731
+    change(record / "logs" / "1.txt", edit, seal=False)
     assert any("log_sha256 does not follow" in problem for problem in verify(record))
+
+
+def test_a_line_is_named_by_its_number_in_the_file_also_behind_code(record):
+    log = record / "logs" / "1.txt"
+    change(log, lambda text: re.sub(r"(step:6/8 .* mfu:)\d", r"\g<1>9", text))
+    (problem,) = (problem for problem in verify(record) if "mfu is not" in problem)
+    number = int(problem.removeprefix(f"{log}:").split(":")[0])
+    assert log.read_text().split("\n")[number - 1].startswith("step:6/8 ")
+
+
+def test_flops_of_logs_from_before_ways_to_count_had_names(record):
+    for number in (1, 2, 3):
+        unnamed = lambda text: re.sub(r'"flops_counted_by": "[^"]+", ', "", text)  # noqa: E731
+        change(record / "logs" / f"{number}.txt", unnamed)
+    assert verify(record) == []
+    change(record / "logs" / "2.txt", in_section("config", "recipe", "modernbert"))  # of the baseline, all layers whole
+    assert any("2.txt" in problem and "do not follow" in problem for problem in verify(record))
 
 
 @pytest.mark.parametrize(
@@ -278,6 +285,7 @@ def test_an_edited_line_breaks_the_seal(record):
         ("environment", "torch", "9.9", "torch is '9.9'"),
         ("environment", "world_size", 8, "world_size is 8, the track's is 1"),
         ("config", "train.muon_lr", 0.5, "other settings than 1.txt: muon_lr"),
+        ("config", "lr", 1e-3, "other settings than 1.txt: lr"),  # the baseline's
         ("config", "train.declared_runs", 5, "5 runs were declared when it started, 3 in record.json"),
         ("config", "train.seed", 4, "there are those with seeds 1, 3, 4"),
     ),
@@ -295,16 +303,19 @@ def test_a_log_twice(record):
 
 def test_a_run_left_out(record):
     (record / "logs" / "3.txt").unlink()
-    problems = verify(record)
-    assert any("logs/3.txt is not there" in problem for problem in problems) and any(
-        "3 runs were declared" in problem for problem in problems
-    )
+    problems = "\n".join(verify(record))
+    assert "logs/3.txt is not there" in problems and "3 runs were declared" in problems
 
 
 def test_code_changed_after_the_run(record):
-    with open(record / "code" / "optimizer.py", "a") as file:
-        file.write("# faster\n")
-    assert any("not the code that ran: optimizer.py" in problem for problem in verify(record))
+    first, ran = record / "logs" / "1.txt", (record / "logs" / "1.txt").read_text()
+    change(first, lambda text: text.replace("def muon_momentum(", "def much_momentum("))
+    assert verify(record) == [f"{first}: not the code that ran: trainer.py"]
+    first.write_text(split_code(ran)[0])
+    assert any("1.txt: no code in it" in problem for problem in verify(record))
+    forged = hashlib.sha256(read_log(record / "logs" / "2.txt").text.encode()).hexdigest()
+    first.write_text(sealed(re.sub(r"(--- model.py sha256:)\w+", rf"\g<1>{forged}", ran)))
+    assert any("not the code that ran: model.py" in problem for problem in verify(record))
 
 
 def test_a_loss_above_target(record):
@@ -335,7 +346,7 @@ def test_numbers_of_record_json_are_recomputed(record):
 
 def test_not_faster(record):
     for number in (1, 2, 3):
-        change(record / "logs" / f"{number}.txt", lambda text: retimed(text, 1.999, 0.01 * number))
+        change(record / "logs" / f"{number}.txt", lambda text, n=number: retimed(text, 1.999, 0.01 * n))
     assert any("not faster than" in problem for problem in verify(record))
 
 
@@ -344,23 +355,34 @@ def test_faster_only_on_a_faster_machine(record):
         change(record / "logs" / f"{number}.txt", in_section("environment", "machine", "another"))
     assert any("compared runs are made on one machine" in problem for problem in verify(record))
     # the record before, run again on that machine, is as fast
-    (record / "paired").mkdir()
-    for number in (1, 2, 3):
-        shutil.copy(record / "logs" / f"{number}.txt", record / "paired" / f"{number}.txt")
-    problems = verify(record)
-    assert any("not faster than" in problem for problem in problems) and not any(
-        "one machine" in problem for problem in problems
-    )
+    shutil.copytree(record / "logs", record / "paired")
+    problems = "\n".join(verify(record))
+    assert "not faster than" in problems and "one machine" not in problems
 
 
 def test_paired_runs_are_of_the_record_before(record):
     (record / "paired").mkdir()
     for number in (1, 2, 3):
-        text = (record / "logs" / f"{number}.txt").read_text()
-        (record / "paired" / f"{number}.txt").write_text(
-            retimed(re.sub(r"(--- model.py sha256:)....", r"\g<1>0000", text), 3.0, 0.01 * number)
-        )
+        text = read_log(record / "logs" / f"{number}.txt").text
+        other = retimed(re.sub(r"(--- model.py sha256:)....", r"\g<1>0000", text), 3.0, 0.01 * number)
+        (record / "paired" / f"{number}.txt").write_text(other)
     assert any("not the code of" in problem for problem in verify(record))
+
+
+def test_a_device_is_named_by_whole_words(record):
+    log, track = (
+        read_log(record / "logs" / "2.txt"),
+        json.loads((record.parents[1] / "tracks.json").read_text())["tiny"],
+    )
+    for found, asked, right in (
+        ("NVIDIA A100-SXM4-80GB", "A100", True),
+        ("NVIDIA RTX A1000", "A100", False),
+        ("NVIDIA H100 80GB HBM3", "H100", True),
+        ("NVIDIA GH100", "H100", False),
+    ):
+        log.sections["environment"]["device"] = found
+        problems = list(check_track(log, track | {"hardware": {"device": asked}}))
+        assert problems == [] if right else f"device is {found!r}, the track's is {asked!r}" in problems[0]
 
 
 def test_links_lead_somewhere(record):
@@ -384,6 +406,8 @@ def test_what_is_no_log(record, tmp_path):
 @pytest.fixture(scope="module")
 def mnli_archive(archive, runs, word_tokenizer, tmp_path_factory) -> Path:
     """records/ with the first record of a track whose target is MNLI, with one finetuning of each run."""
+    import finetuner
+
     rng, tmp_path = np.random.default_rng(0), tmp_path_factory.mktemp("mnli")
     words = [word for word in AutoTokenizer.from_pretrained(word_tokenizer).get_vocab() if word[0] != "["]
     (tmp_path / "mnli").mkdir()
@@ -396,24 +420,10 @@ def mnli_archive(archive, runs, word_tokenizer, tmp_path_factory) -> Path:
     tuned = []
     for run in runs:
         shutil.copytree(word_tokenizer, run / "model", dirs_exist_ok=True)
-        finetuner.main(
-            [
-                "--train.base_model",
-                str(run / "model"),
-                "--data.dataset",
-                str(tmp_path / "mnli"),
-                "--train.out",
-                str(tmp_path),
-                "--train.run_name",
-                f"tuned-{run.name}",
-                "--train.epochs",
-                "1",
-                "--train.seeds",
-                "3",
-                "--train.batch_size",
-                "8",
-            ]
-        )
+        train = {"base_model": run / "model", "out": tmp_path, "run_name": f"tuned-{run.name}"}
+        train |= {"epochs": 1, "seeds": 3, "batch_size": 8}
+        settings = {"data.dataset": tmp_path / "mnli"} | {f"train.{name}": value for name, value in train.items()}
+        finetuner.main(as_flags(settings))
         tuned.append(tmp_path / f"tuned-{run.name}")
     root = tmp_path / "records"
     shutil.copytree(archive, root)
@@ -442,10 +452,8 @@ def by_mnli(mnli_archive, tmp_path) -> Path:
 
 def test_a_record_by_mnli(by_mnli):
     assert verify(by_mnli) == []
-    scores = [
-        100 * read_log(log).named("result", "results", "mnli", "pretrained")["validation_matched"]["accuracy"]["median"]
-        for log in sorted((by_mnli / "finetuned").iterdir())
-    ]
+    results = [read_log(log).named("result", "results") for log in sorted((by_mnli / "finetuned").iterdir())]
+    scores = [100 * result["mnli"]["pretrained"]["validation_matched"]["accuracy"]["median"] for result in results]
     said = json.loads((by_mnli / "record.json").read_text())["measured"]
     assert len(scores) == 3 and said["mnli_matched"] == pytest.approx(sum(scores) / 3) and said["p_target"] < 0.01
     root = by_mnli.parents[1]
@@ -491,19 +499,7 @@ def test_submit_refuses_and_leaves_nothing(archive, runs):
 
 def test_declared_runs_have_their_seeds(corpus, tmp_path):
     with pytest.raises(InputError, match="their seeds are 1 to 3"):
-        main(
-            [
-                *TINY,
-                "--data.dir",
-                str(corpus),
-                "--train.out",
-                str(tmp_path),
-                "--train.seed",
-                "4",
-                "--train.declared_runs",
-                "3",
-            ]
-        )
+        trainer.main(flags(corpus, tmp_path, "fourth", "--train.seed", 4, "--train.declared_runs", 3))
 
 
 # --- tables and pictures
@@ -515,17 +511,31 @@ def test_leaderboard(archive, record):
     update(root, check=False)
     assert update(root, check=True) == []
     text = (root.parent / "README.md").read_text()
-    assert (
-        text.startswith("# Title\n")
-        and text.endswith("The rest.\n")
-        and "| 2 | [ours](records/tiny/" in text
-        and "2.0 times as fast" in text
-    )
+    assert text.startswith("# Title\n") and text.endswith("The rest.\n")
+    assert "| 2 | [ours](records/tiny/" in text and "2.0 times as fast" in text
     (root.parent / "README.md").write_text(text.replace("| 2 | [ours]", "| 2 | [mine]"))
     assert update(root, check=True) == [root.parent / "README.md"]
     (root / "figures" / "tiny.png").write_bytes((root / "figures" / "pareto.png").read_bytes())
     assert root / "figures" / "tiny.png" in update(root, check=True)
     assert matches(83.9) == "crammed BERT" and matches(None) == matches(50.0) == "-" and matches(88.0) == "RoBERTa-base"
+
+
+@pytest.mark.parametrize(
+    "seconds,said",
+    (
+        (2.94, "2.9 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1 min 0 s"),
+        (112.54, "1 min 53 s"),
+        (119.7, "2 min 0 s"),
+        (3599.4, "59 min 59 s"),
+        (3599.6, "1 h 0 min"),
+        (7199, "2 h 0 min"),
+        (5400, "1 h 30 min"),
+    ),
+)
+def test_durations_carry_over(seconds, said):
+    assert duration(seconds) == said
 
 
 def test_committed_tables_are_fresh():
@@ -543,36 +553,30 @@ def test_plot_draws_any_runs(runs, tmp_path):
 # --- the baseline leaves a log of the same kind
 
 
+def baseline(out: Path, name: str, *more: object) -> Path:
+    modernbert.main([*map(str, more), "--train.out", str(out), "--train.run_name", name])
+    return out / name
+
+
 def test_baseline(corpus, tmp_path):
-    shape = TINY[TINY.index("--model.num_hidden_layers") : TINY.index("--train.muon_lr")]
-    done = run_python(
-        "records/baseline/modernbert.py",
-        "--shape",
-        "bucketed",
-        "--lr",
-        "1e-3",
-        "--data.dir",
-        str(corpus),
-        "--data.max_length",
-        "100",
-        "--data.valid_tokens",
-        "1500",
-        "--train.out",
-        str(tmp_path),
-        "--train.run_name",
-        "baseline",
-        "--train.row_tokens",
-        "512",
-        "--train.steps",
-        "6",
-        "--train.valid_every",
-        "3",
-        "--train.log_every",
-        "2",
-        *shape,
-    )
-    assert done.returncode == 0, done.stderr
-    log = read_log(tmp_path / "baseline")
-    assert list(check_run(log)) == []
-    losses = [line.val_loss for line in log.lines if line.val_loss is not None]
-    assert losses[-1] < losses[0] and log.named("data", "validation", "masked_tokens") > 0
+    train = {"row_tokens": 512, "steps": 6, "valid_every": 3, "log_every": 2, "grad_accum": 2}
+    settings = {"shape": "bucketed", "lr": 1e-3, "data.dir": corpus, "data.max_length": 100, "data.valid_tokens": 1500}
+    settings |= {f"train.{name}": value for name, value in train.items()}
+    run = baseline(tmp_path, "baseline", *as_flags(settings | TINY_SHAPE))
+    log, valid = read_log(run), losses(run, "val_loss")
+    assert list(check_run(log)) == [] and log.named("result", "flops_counted_by") == WHOLE_LAST_LAYER
+    assert valid[6] < valid[0] and log.named("data", "validation", "masked_tokens") > 0
+    assert set(log.hashes) == {*trainer.MODULES, "records/baseline/modernbert.py"}
+    assert [(line["lr"] > 0, round(line["mask_rate"], 1)) for line in metrics_of(run)] == [(True, 0.3)] * 4
+    assert all(series(log)[panel] for panel in ("loss", "lr", "mask", "rate"))
+    # Its config.yaml repeats it, and what warms up before the clock starts moves no weight
+    again = baseline(tmp_path, "again", "--config", run / "config.yaml", "--train.lr_warmup", 0)
+    assert losses(again, "val_loss")[0] == valid[0] and losses(again, "val_loss")[6] != valid[6]
+    again = baseline(tmp_path, "same", "--config", run / "config.yaml")
+    assert losses(again, "train_loss") == losses(run, "train_loss")
+
+
+@pytest.mark.parametrize("flag", ("--train.save_every 5", "--train.resume auto"))
+def test_the_baseline_refuses_what_it_cannot_do(tmp_path, flag):
+    with pytest.raises(InputError, match="the baseline keeps no checkpoints"):
+        baseline(tmp_path, "bad", *flag.split())
