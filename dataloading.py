@@ -35,6 +35,12 @@ class InputError(ValueError):
     """Input that cannot be used. The message is one sentence: what is wrong, where, and the command that mends it."""
 
 
+def first_line(error: Exception) -> str:
+    """Of the error, or of what caused it, which tells more."""
+    error = error.__cause__ or error
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def read_shard(path: Path) -> np.ndarray:
     """Memory-maps a shard: [number of tokens] uint16. Raises InputError when magic, version or size are wrong."""
     size = path.stat().st_size if path.exists() else 0
