@@ -17,7 +17,6 @@ d hidden_size.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import json
@@ -71,9 +70,7 @@ MODULES = (*TRAINER_MODULES, "finetuner.py", "data/examples.py", "data/squad.py"
 
 @dataclass
 class DataConfig:
-    dataset: str | None = option(
-        None, "file (csv, tsv, json, parquet), folder, packed shards or Hub id; none: the task's"
-    )
+    dataset: str | None = option(None, "file (csv, tsv, json, parquet), folder, shards or Hub id; none: the task's")
     text: str | None = option(None, "column of the text; none: the task's")
     text_pair: str | None = option(None, "column of the second text; none: the task's")
     label: str = option("label", "column of the label")
@@ -274,7 +271,6 @@ def load_pretrained(cls: type, base: Base, config: PretrainedConfig) -> nn.Modul
 
 def set_trainable(model: nn.Module, trainable: str) -> None:
     """Freezes the encoder but for its last layers; a head, and the pooler that some encoders own, always trains."""
-    model.requires_grad_(True)
     if trainable == "all":
         return
     encoder, depth = model.base_model, model.config.num_hidden_layers
@@ -305,9 +301,8 @@ class Network:
         self.sizes = []
         if self.kbert:
             self.encode = model.encoder.encode
-            self.packed_logits = {"SequenceClassification": self.text_logits, "QuestionAnswering": self.span_logits}[
-                kind.head
-            ]
+            logits = {"SequenceClassification": self.text_logits, "QuestionAnswering": self.span_logits}
+            self.packed_logits = logits[kind.head]
             # Rows differ in size: with FlexAttention, graphs are compiled for a few; without, it runs eagerly
             if train.compile and compiled_backend(device) == "flex":
                 self.sizes = [-(-self.row_tokens // (part * 128)) * 128 for part in (8, 4, 2, 1)]
@@ -891,11 +886,9 @@ class Finetuner:
 
     def settings_to_repeat(self, settings: dict) -> dict:
         """config.yaml: not the run's place, nor what the protocol's grid ranges over, which it would fix."""
-        repeat = copy.deepcopy(settings)
-        repeat["train"]["base_model"] = self.base_name
-        for name in ("out", "run_name", "resume", *free_names(self.protocol, self.given)):
-            del repeat["train"][name]
-        return repeat
+        left_out = ("out", "run_name", "resume", *free_names(self.protocol, self.given))
+        train = {name: value for name, value in settings["train"].items() if name not in left_out}
+        return {**settings, "train": {**train, "base_model": self.base_name}}
 
     def run(self) -> None:
         if self.task == "glue":

@@ -70,7 +70,7 @@ class Kind:
     head = "SequenceClassification"  # of transformers, and of model.py
     problem_type: str | None = None  # of a model's configuration
     pipeline_tag = "text-classification"
-    required_splits: tuple[str, ...] = ("train",)
+    required_splits: tuple[str, ...] = ("train",)  # none: there is nothing to train
 
     def __init__(self, task: Task, settings: DataConfig):
         self.task, self.settings = task, settings
@@ -132,9 +132,14 @@ class Kind:
         """[examples, C] -> predictions [examples]."""
         raise NotImplementedError
 
-    def constant(self, labels: np.ndarray) -> float | None:
-        """The one answer that fits labels best; None where no constant can be an answer."""
-        return None
+    def constant(self, labels: np.ndarray) -> float:
+        """The one answer that fits labels best."""
+        raise NotImplementedError
+
+    def baseline(self, train: Split, split: Split) -> dict[str, float]:
+        """Metrics of always giving the one answer that fits train best; none for a kind without such an answer."""
+        labels = split.labels[split.known]
+        return score(self.metrics, labels, np.full(len(labels), self.constant(train.labels)))
 
     def measure(self, kept: list, split: Split, dev: dict[str, float]) -> tuple[dict[str, float], list | np.ndarray]:
         """Metrics, none where no label is known, and predictions. dev: metrics of the dev split, {} for itself."""
@@ -232,10 +237,8 @@ class Span(Kind):
     def encode(
         self, tables: dict, columns: list[str], tokenizer: PreTrainedTokenizerFast, max_length: int
     ) -> tuple[dict[str, Split], int]:
-        stride = self.settings.stride
-        return {
-            split: encode_questions(rows, columns, tokenizer, max_length, stride) for split, rows in tables.items()
-        }, 0
+        how = (columns, tokenizer, max_length, self.settings.stride)
+        return {split: encode_questions(rows, *how) for split, rows in tables.items()}, 0
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return sum(F.cross_entropy(logits[:, i], labels[:, i], reduction="sum") for i in (0, 1)) / 2
@@ -243,6 +246,9 @@ class Span(Kind):
     def keep(self, logits: np.ndarray, split: Windows, row: np.ndarray) -> list:
         longest = self.settings.max_answer
         return [candidates(window, split.of(split.offsets, i), longest) for window, i in zip(logits, row)]
+
+    def baseline(self, train: Split, split: Split) -> dict[str, float]:
+        return {}
 
     def measure(self, kept: list, split: Windows, dev: dict[str, float]) -> tuple[dict[str, float], list]:
         return measure_spans(kept, split, self.task.unanswerable, dev.get("null_threshold"))
@@ -279,6 +285,7 @@ def glue(config: str, columns: str, classes: str = "", metrics: str = "accuracy"
 
 
 MNLI_FILES = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm", "ax": "AX"}
+PAIR_CLASSES = ("another_description", "its_description")
 TASKS = {  # in the order that --task glue runs them: MNLI first, for those that start from its model
     "mnli": glue("mnli", "premise hypothesis", "entailment neutral contradiction", files=MNLI_FILES, diagnostic="ax"),
     "qqp": glue("qqp", "question1 question2", "not_duplicate duplicate", "accuracy f1", "QQP", by_number=True),
@@ -292,13 +299,7 @@ TASKS = {  # in the order that --task glue runs them: MNLI first, for those that
     "imdb": Task("stanfordnlp/imdb", None, ("text",), metrics=("accuracy",), classes=("neg", "pos")),
     "squad": Task("rajpurkar/squad", None, ("question", "context"), Span),
     "squad_v2": Task("rajpurkar/squad_v2", None, ("question", "context"), Span, unanswerable=True),
-    "pairs": Task(
-        "data/sample/pairs",
-        None,
-        ("text", "text_pair"),
-        metrics=("accuracy",),
-        classes=("another_description", "its_description"),
-    ),
+    "pairs": Task("data/sample/pairs", None, ("text", "text_pair"), metrics=("accuracy",), classes=PAIR_CLASSES),
     "custom": Task(None, None, ("text",), kind=None),
 }
 GLUE = ("mnli", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "rte")  # WNLI is left out, as everywhere
@@ -323,11 +324,8 @@ class Data:
 
     def baseline(self) -> dict[str, dict[str, float]]:
         """{split: metrics} of answering always with the most common class of train, or with its mean."""
-        constant = self.kind.constant(self.splits["train"].labels)
-        known = {name: self.splits[name].labels[self.splits[name].known] for name in self.labelled}
-        if constant is None:
-            return {}
-        return {name: score(self.kind.metrics, y, np.full(len(y), constant)) for name, y in known.items()}
+        found = {name: self.kind.baseline(self.splits["train"], self.splits[name]) for name in self.labelled}
+        return {name: metrics for name, metrics in found.items() if metrics}
 
 
 def read_data(name: str, tokenizer: PreTrainedTokenizerFast, max_length: int, settings: DataConfig) -> Data:

@@ -555,13 +555,17 @@ def test_the_embedded_pairs_are_those_of_the_checkout_from_any_folder(base, tmp_
 # What a run leaves
 
 
-def test_a_run_learns_and_reports_beside_majority_and_random_weights(finished):
+def test_a_run_learns_and_reports_beside_majority_and_random_weights(base, finished):
     report, log = report_of(finished), read_log(finished)
     assert set(report["results"]) == {"pretrained", "random weights", "majority class"}
     assert report["results"]["majority class"]["validation"]["accuracy"]["median"] == 0.5
     assert report["model"]["metrics"]["validation"]["accuracy"] > 0.8
     assert {line.run for line in log.lines} == {1, 2} and tuple(log.code) == finetuner.MODULES
-    assert log.named("result", "results", "custom", "pretrained") == report["results"]["pretrained"]
+    # What records/ reads
+    assert log.named("config", "protocol") == "default" and log.named("config", "base_model") == base
+    assert log.named("data", "base_sha256") == sha256_of(Path(base) / "model.safetensors")
+    for name in ("splits", "results"):
+        assert log.named("result", name, "custom") == report[name]
     assert "random weights" in log.text
 
 
