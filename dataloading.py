@@ -42,6 +42,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def first_line(error: Exception) -> str:
+    """Of the error, or of what caused it, which tells more."""
+    error = error.__cause__ or error
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def read_shard(path: Path) -> np.ndarray:
     """Memory-maps a shard: [number of tokens] uint16. Raises InputError when magic, version or size are wrong."""
     size = path.stat().st_size if path.exists() else 0

@@ -241,7 +241,7 @@ class Optimizer:
         for group in self.groups:
             group.wait()
             lr = group.lr * lr_factor
-            group.apply(self.descend, lr, lr * lr * group.weight_decay)
+            group.apply(self.descend, lr, min(1.0, lr * lr * group.weight_decay))  # more than all would turn signs
             for p in group.parameters:
                 p.grad = None
 

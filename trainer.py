@@ -51,6 +51,7 @@ from dataloading import (
     Row,
     data_hash,
     describe_validation,
+    first_line,
     frozen_mask,
     hash64,
     read_manifest,
@@ -589,12 +590,6 @@ class HubPusher:
 
     def warn(self, folder: Path, error: Exception) -> None:
         print(f"warning: pushing {folder} to {self.name} failed ({first_line(error)})", file=sys.stderr)
-
-
-def first_line(error: Exception) -> str:
-    """Of the error, or of what caused it, which tells more."""
-    error = error.__cause__ or error
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 MODEL_CARD = """---

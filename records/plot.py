@@ -73,6 +73,8 @@ def figure(panels: Sequence[str], columns: int = 2):
 
 def draw(runs: Sequence[Path], out: Path) -> None:
     """Writes a picture of the runs' logs. Raises InputError for what is not a log."""
+    from matplotlib import pyplot
+
     found = {path: series(read_log(path)) for path in runs}
     panels = [panel for panel in PANELS if any(curves[panel] for curves in found.values())]
     drawn, axes = figure(panels)
@@ -87,7 +89,7 @@ def draw(runs: Sequence[Path], out: Path) -> None:
     if len(found) > 1:
         axes[0].legend(frameon=False, fontsize=8)
     drawn.savefig(out)
-    drawn.clear()
+    pyplot.close(drawn)
 
 
 def draw_curves(run: Path) -> None:

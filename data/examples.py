@@ -1,0 +1,252 @@
+"""What examples are: rows of a file, of a set on the Hub or of packed shards become tokens and labels.
+
+The lowest of three floors: squad.py (spans) and tasks.py (the tasks) build on it. They take a tokenizer and a length,
+and know nothing of models and training.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from dataloading import LABEL_END, NO_LABEL, InputError, first_line, read_manifest, read_shard
+
+
+class MissingData(InputError):
+    """Data that is not there, where --task glue goes on without it."""
+
+
+@dataclass
+class Split:
+    """Tokenised examples in flat arrays, which other ranks get whole at little cost."""
+
+    tokens: np.ndarray  # [all tokens] int32
+    segments: np.ndarray | None  # [all tokens] int8, 1 in the second text, for encoders that ask for it
+    ends: np.ndarray  # [examples] where each example ends
+    labels: np.ndarray  # [examples] int64 or, of numbers, float64; [windows, 2] an answer's first and last token
+    known: np.ndarray  # [examples] bool, False where a label is missing
+    idx: list  # [examples] what predictions are listed by
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.ends, prepend=0)
+
+    def of(self, flat: np.ndarray, i: int) -> np.ndarray:
+        return flat[self.ends[i - 1] if i else 0 : self.ends[i]]
+
+    def fingerprint(self) -> str:
+        """Of examples and labels, in whatever order."""
+        examples = (self.of(self.tokens, i).tobytes() + label.tobytes() for i, label in enumerate(self.labels))
+        hashes = sorted(hashlib.sha256(example).digest() for example in examples)
+        return hashlib.sha256(b"".join(hashes)).hexdigest()[:16]
+
+    def positions(self, keep: np.ndarray) -> np.ndarray:
+        """Of the tokens of the examples numbered `keep`, in that order."""
+        spans = zip(self.ends[keep] - self.lengths[keep], self.ends[keep])
+        return np.concatenate([np.arange(start, end) for start, end in spans])
+
+    def only(self, keep: np.ndarray) -> Split:
+        """The examples numbered `keep`."""
+        at = self.positions(keep)
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[at],
+            segments=None if self.segments is None else self.segments[at],
+            ends=np.cumsum(self.lengths[keep]),
+            labels=self.labels[keep],
+            known=self.known[keep],
+            idx=[self.idx[i] for i in keep],
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows: files, and sets on the Hub
+
+READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}
+
+
+def read_files(path: Path) -> dict:
+    """{split: rows}. Files of a folder are splits by name: train.csv, validation-00000-of-00001.parquet; a file: train.
+
+    Raises MissingData for a folder without data, InputError for a file that cannot be read.
+    """
+    from datasets import disable_progress_bars, load_dataset
+
+    disable_progress_bars()
+    files = collections.defaultdict(list)
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if reader := next((READERS[suffix] for suffix in file.suffixes if suffix in READERS), None):
+            split = re.sub(r"-\d{5}-of-\d{5}$|_\d{6}$", "", file.name.split(".")[0]) if path.is_dir() else "train"
+            files[reader, split].append(file)
+    if not files:
+        raise MissingData(
+            f"{path} holds no {', '.join(READERS)} file: name them by split, "
+            "such as train.parquet and validation.parquet"
+        )
+    rows = {}
+    for (reader, split), paths in files.items():
+        if not all(file.stat().st_size for file in paths):
+            raise InputError(f"{paths[0]} is empty: write rows to it or take it away")
+        more = {"delimiter": "\t"} if ".tsv" in paths[0].suffixes else {}
+        try:
+            rows[split] = load_dataset(reader, data_files=[str(file) for file in paths], split="train", **more)
+        except Exception as error:  # pyarrow, pandas and datasets each raise their own
+            raise InputError(f"cannot read {path}, or it has no rows ({first_line(error)}): check the file") from error
+    return rows
+
+
+def read_hub(name: str, config: str | None, diagnostic: str | None) -> dict:
+    """{split: rows}. diagnostic: a configuration whose test split is one more split, of this name."""
+    from datasets import disable_progress_bars, load_dataset
+
+    disable_progress_bars()
+    try:
+        rows = dict(load_dataset(name, config))
+        if diagnostic:
+            rows[diagnostic] = load_dataset(name, diagnostic, split="test")
+    except Exception as error:  # whatever the Hub or the network has to say
+        raise MissingData(
+            f"cannot load {name} from the Hugging Face Hub ({first_line(error)}): "
+            "give --data.dataset FILE_OR_FOLDER with the same columns"
+        ) from error
+    return rows
+
+
+def check_columns(split: str, rows, wanted: list[str]) -> None:
+    if missing := [column for column in wanted if column not in rows.column_names]:
+        raise InputError(
+            f"{split} has no column {', '.join(missing)}: its columns are {', '.join(rows.column_names)}; "
+            "choose with --data.text, --data.text_pair and --data.label"
+        )
+    if not len(rows):
+        raise InputError(f"split {split} has no rows: write some or take it away")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels
+
+
+def read_labels(tables: dict, column: str, own: bool) -> dict[str, list]:
+    """Labels of each split as they stand in the data, None where one is missing.
+
+    own: in a set of one's own, -1 may be a class: there it means "no label" only in a split that has no other.
+    """
+    labels = {}
+    for split, rows in tables.items():
+        values = list(rows[column]) if column in rows.column_names else [None] * len(rows)
+        values = [tidy_label(value) for value in values]
+        missing = {None} if own and set(values) - {-1, None} else {None, -1}
+        labels[split] = [None if value in missing else value for value in values]
+    return labels
+
+
+def tidy_label(value: object) -> object:
+    """One blank cell makes a column of whole numbers one of floats, with nan for the blank."""
+    if isinstance(value, float):
+        return None if value != value else int(value) if value.is_integer() else value
+    return value
+
+
+def number_classes(labels: dict[str, list], names: list[str] | None) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Labels of each split as numbers, -1 where missing, and the names of the classes; those of train in order."""
+    found = {split: set(values) - {None} for split, values in labels.items()}
+    if names is None:
+        classes = sorted(found["train"])
+        names, number = [str(value) for value in classes], {value: i for i, value in enumerate(classes)}
+    else:
+        number = {key: i for i, name in enumerate(names) for key in (i, name)}
+    for split, values in found.items():
+        if unknown := sorted(map(str, values - number.keys())):
+            raise InputError(
+                f"split {split} has the label {unknown[0]}, which is none of the classes {', '.join(names)}: "
+                "check --data.label"
+            )
+    number[None] = -1
+    return {split: np.array([number[value] for value in values]) for split, values in labels.items()}, names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts
+
+
+def encode_texts(
+    rows, columns: list[str], labels: np.ndarray, tokenizer: PreTrainedTokenizerFast, max_length: int
+) -> tuple[Split, int]:
+    """The split, and how many examples were cut, the longer text first."""
+    tokens, segments, cut = [], [], 0
+    for start in range(0, len(rows), 1000):
+        batch = rows[start : start + 1000]
+        texts = (["" if text is None else str(text) for text in batch[column]] for column in columns)
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+        tokens += [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+        segments += [np.array(ids, dtype=np.int8) for ids in encoded.get("token_type_ids", [])]
+        cut += sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+    known = ~np.isnan(labels) if labels.dtype == np.float64 else labels >= 0
+    idx = list(rows["idx"]) if "idx" in rows.column_names else list(range(len(rows)))
+    ends = np.cumsum([len(ids) for ids in tokens])
+    return Split(np.concatenate(tokens), np.concatenate(segments) if segments else None, ends, labels, known, idx), cut
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed labelled shards: `[CLS] label 65535 text [SEP] text_pair [SEP]`
+
+
+def read_shards(
+    directory: Path, tokenizer: PreTrainedTokenizerFast, max_length: int
+) -> tuple[dict[str, Split], list[str] | None, int]:
+    """Splits of packed shards, the classes' names where the manifest has them, and how many examples were cut."""
+    manifest = read_manifest(directory)
+    check_tokenizer(directory, manifest["tokenizer"], tokenizer)
+    cls, sep = manifest["tokenizer"]["cls"], manifest["tokenizer"]["sep"]
+    splits, cut = {}, 0
+    for name in sorted(manifest["shards"]):
+        tokens = read_shard(directory / name)
+        marks = np.flatnonzero(tokens == LABEL_END)
+        if not len(marks) or (tokens[marks - 2] != cls).any():
+            raise InputError(
+                f"{directory / name} is not a labelled shard ([CLS] label 65535 ...): pack it with data/pack_mnli.py"
+            )
+        texts, labels = [], tokens[marks - 1].astype(np.int64)
+        for start, end in zip(marks + 1, [*(marks[1:] - 2), len(tokens)]):
+            text = np.asarray(tokens[start:end], dtype=np.int32)
+            if len(text) + 1 > max_length:
+                # Each part but the first opens with the [SEP] between them
+                parts = np.split(text[:-1], np.flatnonzero(text[:-1] == sep))
+                text = np.concatenate([*cut_longest_first(parts, max_length - 2), text[-1:]])
+                cut += 1
+            texts.append(np.concatenate([[cls], text]).astype(np.int32))
+        ends, known = np.cumsum([len(text) for text in texts]), labels != NO_LABEL
+        labels, idx = np.where(known, labels, -1), list(range(len(texts)))
+        splits[manifest["shards"][name]["split"]] = Split(np.concatenate(texts), None, ends, labels, known, idx)
+    return splits, manifest["source"].get("labels"), cut
+
+
+def check_tokenizer(directory: Path, specials: dict, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises InputError where the shards of a manifest's tokenizer are not in the tokenizer's own numbers."""
+    vocabulary = tokenizer.get_vocab()
+    if (directory / "tokenizer").is_dir():
+        same = PreTrainedTokenizerFast.from_pretrained(directory / "tokenizer").get_vocab() == vocabulary
+    else:
+        ours = [tokenizer.cls_token_id, tokenizer.sep_token_id, len(vocabulary)]
+        same = [specials[name] for name in ("cls", "sep", "vocab_size")] == ours
+    if not same:
+        raise InputError(
+            f"{directory} is packed with the tokenizer {specials.get('name')}, which is not that of the base model "
+            f"{tokenizer.name_or_path}: give raw text, or pack it again with `python data/pack_mnli.py --tokenizer` "
+            "and the base model"
+        )
+
+
+def cut_longest_first(parts: list[np.ndarray], room: int) -> list[np.ndarray]:
+    """Shortens the longest part until all fit into `room` tokens."""
+    sizes = [len(part) for part in parts]
+    while sum(sizes) > room:
+        sizes[sizes.index(max(sizes))] -= 1
+    return [part[:size] for part, size in zip(parts, sizes)]

@@ -1,0 +1,431 @@
+"""The tasks that an encoder is measured on, what kinds of task there are, and how the data of one is read.
+
+A kind of task is one class: how its examples are encoded, what is minimised, how predictions are measured and written,
+which head a model needs. A new kind is a new class, and nothing else in the finetuner asks which kind a task is of.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch.nn.functional as F
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from data.examples import (
+    MissingData,
+    Split,
+    check_columns,
+    encode_texts,
+    number_classes,
+    read_files,
+    read_hub,
+    read_labels,
+    read_shards,
+)
+from data.squad import Windows, candidates, encode_questions, measure_spans
+from dataloading import InputError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics. What has no value, such as the correlation of a constant, is 0.
+
+METRICS = {
+    "accuracy": accuracy_score,
+    "f1": lambda y, p: f1_score(y, p, labels=[1], average="macro", zero_division=0.0),
+    "macro_f1": lambda y, p: f1_score(y, p, average="macro", zero_division=0.0),
+    "matthews_correlation": matthews_corrcoef,
+    "pearson": lambda y, p: pearsonr(y, p).statistic if len(y) > 1 else 0.0,
+    "spearman": lambda y, p: spearmanr(y, p).statistic if len(y) > 1 else 0.0,
+}
+
+
+def score(metrics: tuple[str, ...], labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy and sklearn warn of constant input
+        return {name: float(np.nan_to_num(METRICS[name](labels, predictions))) for name in metrics}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kinds of task
+
+
+class Kind:
+    """What all kinds share: one label for each text or pair of texts, and a head that classifies it."""
+
+    name: str
+    metrics: tuple[str, ...]  # unless the task names its own
+    head = "SequenceClassification"  # of transformers, and of model.py
+    problem_type: str | None = None  # of a model's configuration
+    pipeline_tag = "text-classification"
+    required_splits: tuple[str, ...] = ("train",)  # none: there is nothing to train
+
+    def __init__(self, task: Task, settings):
+        """settings: of --data.*, the finetuner's DataConfig."""
+        self.task, self.settings = task, settings
+        self.metrics = task.metrics or self.metrics
+        self.classes: list[str] = []
+
+    # --- reading
+
+    def label_columns(self, split: str) -> list[str]:
+        """Columns that a split needs beside its texts."""
+        return [self.settings.label] if split == "train" else []
+
+    def number_labels(self, labels: dict[str, list], names: list[str] | None) -> dict[str, np.ndarray]:
+        """names: of the classes, where the data has them."""
+        raise NotImplementedError
+
+    def encode(
+        self, tables: dict, columns: list[str], tokenizer: PreTrainedTokenizerFast, max_length: int
+    ) -> tuple[dict[str, Split], int]:
+        """Splits of examples, and how many of these were cut."""
+        column, splits, cut = self.settings.label, {}, 0
+        labels = read_labels(tables, column, own=self.task.dataset is None)
+        numbers = self.number_labels(labels, class_names(tables, column))
+        for split, rows in tables.items():
+            splits[split], more = encode_texts(rows, columns, numbers[split], tokenizer, max_length)
+            cut += more
+        return splits, cut
+
+    def name_packed(self, splits: dict[str, Split], names: list[str] | None) -> None:
+        """Takes the classes of packed shards. names: those of the manifest."""
+        raise InputError("packed shards hold texts with classes: give --data.dataset raw text for this task")
+
+    def check(self) -> None:
+        """Raises InputError for labels that nothing can be learnt from."""
+
+    # --- learning
+
+    def model_settings(self) -> dict:
+        """What a model's configuration says of the head."""
+        if not self.classes:
+            return {}
+        names = dict(enumerate(self.classes))
+        return {"id2label": names, "label2id": {v: k for k, v in names.items()}, "problem_type": self.problem_type}
+
+    def prepare(self, model: nn.Module, train: Split) -> None:
+        """Sets what a fresh head should not have to learn."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Summed over examples. logits: as Network.outputs gives them."""
+        raise NotImplementedError
+
+    # --- measuring
+
+    def keep(self, logits: np.ndarray, split: Split, row: np.ndarray) -> list:
+        """What is kept of the logits of the examples `row`, one entry for each."""
+        return list(logits)
+
+    def decide(self, logits: np.ndarray) -> np.ndarray:
+        """[examples, C] -> predictions [examples]."""
+        raise NotImplementedError
+
+    def constant(self, labels: np.ndarray) -> float:
+        """The one answer that fits labels best."""
+        raise NotImplementedError
+
+    def baseline(self, train: Split, split: Split) -> dict[str, float]:
+        """Metrics of always giving the one answer that fits train best; none for a kind without such an answer."""
+        labels = split.labels[split.known]
+        return score(self.metrics, labels, np.full(len(labels), self.constant(train.labels)))
+
+    def measure(self, kept: list, split: Split, dev: dict[str, float]) -> tuple[dict[str, float], list | np.ndarray]:
+        """Metrics, none where no label is known, and predictions. dev: metrics of the dev split, {} for itself."""
+        predictions, known = self.decide(np.stack(kept)), split.known
+        metrics = score(self.metrics, split.labels[known], predictions[known]) if known.any() else {}
+        return metrics, predictions
+
+    # --- answering
+
+    def spell(self, predictions: np.ndarray) -> list[str]:
+        raise NotImplementedError
+
+    def write(self, folder: Path, name: str, split: Split, predictions: list | np.ndarray) -> None:
+        """A TSV as gluebenchmark.com takes it, `index` and `prediction`. name: of the split."""
+        table = pd.DataFrame({"index": split.idx, "prediction": self.spell(predictions)})
+        table.to_csv(folder / f"{self.task.files.get(name, name)}.tsv", sep="\t", index=False)
+
+
+class Classes(Kind):
+    name = "classes"
+    metrics = ("accuracy", "macro_f1")
+    problem_type = "single_label_classification"
+
+    def number_labels(self, labels: dict[str, list], names: list[str] | None) -> dict[str, np.ndarray]:
+        numbers, self.classes = number_classes(labels, list(self.task.classes or names or []) or None)
+        return numbers
+
+    def name_packed(self, splits: dict[str, Split], names: list[str] | None) -> None:
+        self.classes = list(self.task.classes or names or map(str, range(int(splits["train"].labels.max()) + 1)))
+        for split, content in splits.items():
+            if content.labels.max() >= len(self.classes):
+                raise InputError(
+                    f"split {split} has the label {content.labels.max()}, which is none of the classes "
+                    f"{', '.join(self.classes)}: check --task"
+                )
+
+    def check(self) -> None:
+        if len(self.classes) < 2:
+            raise InputError(
+                f"column {self.settings.label} holds only the class {', '.join(self.classes)}: "
+                "there is nothing to tell apart"
+            )
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    def decide(self, logits: np.ndarray) -> np.ndarray:
+        return logits.argmax(-1)
+
+    def constant(self, labels: np.ndarray) -> float:
+        return np.bincount(labels).argmax()
+
+    def spell(self, predictions: np.ndarray) -> list[str]:
+        return [str(number) if self.task.by_number else self.classes[number] for number in predictions]
+
+
+class Number(Kind):
+    name = "number"
+    metrics = ("pearson", "spearman")
+    problem_type = "regression"
+
+    def number_labels(self, labels: dict[str, list], names: list[str] | None) -> dict[str, np.ndarray]:
+        self.classes = ["score"]
+        return {split: np.array(values, dtype=np.float64) for split, values in labels.items()}
+
+    def prepare(self, model: nn.Module, train: Split) -> None:
+        """Or the head spends its steps on learning the mean."""
+        heads = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == 1]
+        nn.init.constant_(heads[-1].bias, train.labels.mean())
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
+
+    def decide(self, logits: np.ndarray) -> np.ndarray:
+        return logits[:, 0].astype(np.float64)
+
+    def constant(self, labels: np.ndarray) -> float:
+        return labels.mean()
+
+    def spell(self, predictions: np.ndarray) -> list[str]:
+        return [f"{value:.3f}" for value in np.clip(predictions, *self.task.bounds)]
+
+
+class Span(Kind):
+    """An answer is a span of a question's context. SQuAD 2.0 also has questions without an answer."""
+
+    name = "span"
+    metrics = ("f1", "exact_match")
+    head = "QuestionAnswering"
+    pipeline_tag = "question-answering"
+
+    def label_columns(self, split: str) -> list[str]:
+        return ["answers"]
+
+    def encode(
+        self, tables: dict, columns: list[str], tokenizer: PreTrainedTokenizerFast, max_length: int
+    ) -> tuple[dict[str, Split], int]:
+        how = (columns, tokenizer, max_length, self.settings.stride)
+        return {split: encode_questions(rows, *how) for split, rows in tables.items()}, 0
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return sum(F.cross_entropy(logits[:, i], labels[:, i], reduction="sum") for i in (0, 1)) / 2
+
+    def keep(self, logits: np.ndarray, split: Windows, row: np.ndarray) -> list:
+        longest = self.settings.max_answer
+        return [candidates(window, split.of(split.offsets, i), longest) for window, i in zip(logits, row)]
+
+    def baseline(self, train: Split, split: Split) -> dict[str, float]:
+        return {}
+
+    def measure(self, kept: list, split: Windows, dev: dict[str, float]) -> tuple[dict[str, float], list]:
+        return measure_spans(kept, split, self.task.unanswerable, dev.get("null_threshold"))
+
+    def write(self, folder: Path, name: str, split: Windows, predictions: list) -> None:
+        """The JSON that the official script reads, and n-best lists."""
+        for file, found in zip((f"{name}.json", f"{name}_nbest.json"), zip(*predictions)):
+            text = json.dumps(dict(zip(split.names, found)), ensure_ascii=False)
+            (folder / file).write_text(text, encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks
+
+
+@dataclass(frozen=True)
+class Task:
+    dataset: str | None  # on the Hub, or a folder; None: one's own
+    config: str | None
+    columns: tuple[str, ...]  # the text, or the text and its pair
+    kind: type[Kind] | None = Classes  # None: numbers where a label is a fraction, else classes
+    metrics: tuple[str, ...] = ()  # runs are chosen by their mean; none: those of the kind
+    classes: tuple[str, ...] = ()  # in the order of their numbers; none: found in the data
+    bounds: tuple[float, float] = (-math.inf, math.inf)  # of a number
+    unanswerable: bool = False  # whether a question may have no answer
+    diagnostic: str | None = None  # a configuration whose test split is predicted too
+    files: dict = field(default_factory=dict)  # split -> name of its predictions on gluebenchmark.com
+    by_number: bool = False  # whether the server wants classes by number, not by name
+
+
+def glue(config: str, columns: str, classes: str = "", metrics: str = "accuracy", file: str = "", **more) -> Task:
+    said = {"metrics": tuple(metrics.split()), "classes": tuple(classes.split()), "files": {"test": file}}
+    return Task("nyu-mll/glue", config, tuple(columns.split()), **(said | more))
+
+
+MNLI_FILES = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm", "ax": "AX"}
+PAIR_CLASSES = ("another_description", "its_description")
+TASKS = {  # in the order that --task glue runs them: MNLI first, for those that start from its model
+    "mnli": glue("mnli", "premise hypothesis", "entailment neutral contradiction", files=MNLI_FILES, diagnostic="ax"),
+    "qqp": glue("qqp", "question1 question2", "not_duplicate duplicate", "accuracy f1", "QQP", by_number=True),
+    "qnli": glue("qnli", "question sentence", "entailment not_entailment", file="QNLI"),
+    "sst2": glue("sst2", "sentence", "negative positive", file="SST-2", by_number=True),
+    "cola": glue("cola", "sentence", "unacceptable acceptable", "matthews_correlation", "CoLA", by_number=True),
+    "stsb": glue("stsb", "sentence1 sentence2", "", "pearson spearman", "STS-B", kind=Number, bounds=(0.0, 5.0)),
+    "mrpc": glue("mrpc", "sentence1 sentence2", "not_equivalent equivalent", "accuracy f1", "MRPC", by_number=True),
+    "rte": glue("rte", "sentence1 sentence2", "entailment not_entailment", file="RTE"),
+    "wnli": glue("wnli", "sentence1 sentence2", "not_entailment entailment", file="WNLI", by_number=True),
+    "imdb": Task("stanfordnlp/imdb", None, ("text",), metrics=("accuracy",), classes=("neg", "pos")),
+    "squad": Task("rajpurkar/squad", None, ("question", "context"), Span),
+    "squad_v2": Task("rajpurkar/squad_v2", None, ("question", "context"), Span, unanswerable=True),
+    "pairs": Task("data/sample/pairs", None, ("text", "text_pair"), metrics=("accuracy",), classes=PAIR_CLASSES),
+    "custom": Task(None, None, ("text",), kind=None),
+}
+GLUE = ("mnli", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "rte")  # WNLI is left out, as everywhere
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A task with its examples
+
+
+@dataclass
+class Data:
+    name: str
+    kind: Kind
+    source: str  # folder, file or Hub id
+    splits: dict[str, Split]
+    dev: str  # the split that models are chosen by
+    notes: list[str]  # what the reader should know about how it was read
+
+    @property
+    def labelled(self) -> list[str]:
+        """Splits to measure on."""
+        return [split for split, content in self.splits.items() if split != "train" and content.known.any()]
+
+    def baseline(self) -> dict[str, dict[str, float]]:
+        """{split: metrics} of answering always with the most common class of train, or with its mean."""
+        found = {name: self.kind.baseline(self.splits["train"], self.splits[name]) for name in self.labelled}
+        return {name: metrics for name, metrics in found.items() if metrics}
+
+
+def read_data(name: str, tokenizer: PreTrainedTokenizerFast, max_length: int, settings) -> Data:
+    """Everything from --task and --data.* (settings) to tokenised splits, of examples of at most max_length tokens.
+
+    Raises MissingData for data that is not there, InputError for data that is no use.
+    """
+    task, notes = TASKS[name], []
+    source = settings.dataset or task.dataset
+    if source is None:
+        raise InputError(
+            f"--task {name} needs data: give --data.dataset FILE_OR_FOLDER, --data.text COLUMN and --data.label COLUMN"
+        )
+    kind = (task.kind or Classes)(task, settings)
+    if (Path(source) / "manifest.json").exists():
+        splits, names, cut = read_shards(Path(source), tokenizer, max_length)
+        kind.name_packed(splits, names)
+    else:
+        tables = read_tables(task, source)
+        columns = choose_columns(kind, tables)
+        if task.kind is None and has_fractions(tables, settings.label):
+            kind = Number(task, settings)
+        notes += hold_out(tables, settings.validation)
+        splits, cut = kind.encode(tables, columns, tokenizer, max_length)
+    if cut:
+        notes.append(f"{cut} examples are longer than {max_length} tokens and were cut, the longer text first")
+    if "train" in splits:
+        splits["train"], more = choose_examples(splits["train"], settings.max_train_examples)
+        notes += more
+    kind.check()
+    return Data(name, kind, source, splits, choose_dev(splits, settings.validation), notes)
+
+
+def read_tables(task: Task, source: str) -> dict:
+    """{split: rows} of a file, a folder (of GLUE, also of all its tasks) or a set on the Hub."""
+    path = Path(source)
+    if task.config and (path / task.config).is_dir():
+        path = path / task.config
+    if path.exists():
+        tables = read_files(path)
+        beside = path.parent / str(task.diagnostic)
+        if path.name == task.config and beside.is_dir():
+            tables[task.diagnostic] = next(iter(read_files(beside).values()))  # it has one split
+        return tables
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise MissingData(f"no file or folder {source}: check --data.dataset")
+    return read_hub(source, *((task.config, task.diagnostic) if source == task.dataset else (None, None)))
+
+
+def choose_columns(kind: Kind, tables: dict) -> list[str]:
+    """The column of the text, or those of the text and its pair."""
+    if missing := [split for split in kind.required_splits if split not in tables]:
+        raise InputError(
+            f"the data set has no split {missing[0]}, only {', '.join(tables)}: name a file {missing[0]}.parquet, "
+            f"{missing[0]}.csv or {missing[0]}.jsonl"
+        )
+    given, theirs = (kind.settings.text, kind.settings.text_pair), (*kind.task.columns, None)
+    columns = [column for column in (own or usual for own, usual in zip(given, theirs)) if column]
+    for split, rows in tables.items():
+        check_columns(split, rows, columns + kind.label_columns(split))
+    return columns
+
+
+def class_names(tables: dict, column: str) -> list[str] | None:
+    """The names of the classes, where the set has them beside the numbers."""
+    rows = tables.get("train") or next(iter(tables.values()))
+    return getattr(rows.features.get(column), "names", None)
+
+
+def has_fractions(tables: dict, column: str) -> bool:
+    """Whether a label of train is a fraction: whole numbers, also as floats, are classes."""
+    labels = read_labels({"train": tables["train"]}, column, own=True)["train"]
+    return any(isinstance(label, float) for label in labels)
+
+
+def hold_out(tables: dict, validation: str | None) -> list[str]:
+    """Where there is no split to choose by, takes a tenth of train, up to 2000 rows; returns a note of it."""
+    if "train" not in tables or any(split.startswith("validation") or split == validation for split in tables):
+        return []
+    train = tables["train"]
+    held = train.train_test_split(test_size=min(2000, math.ceil(len(train) / 10)), seed=0)
+    tables |= {"train": held["train"], "validation": held["test"]}
+    return [f"no validation split: {len(held['test'])} rows of train are held out for it"]
+
+
+def choose_examples(train: Split, most: int | None) -> tuple[Split, list[str]]:
+    """The labelled examples of train, the first `most` of them after shuffling, and notes."""
+    keep, notes = np.flatnonzero(train.known), []
+    if missing := len(train.known) - len(keep):
+        notes.append(f"{missing} examples of train have no label and are left out")
+    if most is not None:
+        keep = np.random.default_rng(0).permutation(keep)[:most]
+    if not len(keep):
+        raise InputError("no example of train has a label: check --data.label")
+    return train.only(keep), notes
+
+
+def choose_dev(splits: dict[str, Split], validation: str | None) -> str:
+    named = [split for split in splits if split.startswith("validation")]
+    others = [split for split in splits if split != "train"]
+    dev = validation or next(split for split in ("validation", *named, *others) if split in splits)
+    if dev not in splits or not splits[dev].known.any():
+        raise InputError(
+            f"no labelled split {dev} to choose by: the splits are {', '.join(splits)}; choose with --data.validation"
+        )
+    return dev
