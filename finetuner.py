@@ -25,7 +25,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -43,6 +43,7 @@ from data.examples import MissingData, Split
 from data.tasks import GLUE, TASKS, Data, Kind, read_data
 from dataloading import InputError, first_line, sha256_of
 from model import KBERTConfig, KBERTForQuestionAnswering, KBERTForSequenceClassification, compiled_backend, option
+from optimizer import Optimizer
 from records.log import Clock, RunLog, environment, log_line, read_code
 from records.plot import draw_curves
 from trainer import MODULES as TRAINER_MODULES
@@ -90,8 +91,9 @@ class FinetuneConfig:
     base_model: str | None = option(None, "folder or Hub id of an encoder; none: the newest finished pretraining run")
     epochs: PositiveFloat = option(3.0, "passes over train, at most")
     batch_size: PositiveInt = option(32, "examples in an optimizer step, over all ranks")
-    lr: PositiveFloat = option(5e-5, "AdamW's learning rate")
-    weight_decay: NonNegativeFloat = option(0.01, "AdamW's, for matrices")
+    optimizer: Literal["auto", "muon", "adamw"] = option("auto", "auto: muon for a KBERT, adamw for other encoders")
+    lr: PositiveFloat | None = option(None, "peak learning rate; none: 0.02 by muon, in spectral norm, 5e-5 by adamw")
+    weight_decay: NonNegativeFloat = option(0.01, "of matrices: a step shrinks them by lr times this")
     lr_schedule: Literal["one_cycle", "cosine"] = option(
         "one_cycle", "fall after warm-up: linear (one_cycle) or cosine"
     )
@@ -126,7 +128,6 @@ PRESETS = {
         "data.max_train_examples": 5000,
         "train.epochs": 2.0,
         "train.batch_size": 16,
-        "train.lr": 3e-4,
         "train.compare_random": True,
     },
 }
@@ -134,9 +135,10 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Protocol:
-    """Settings that flags override, and a grid over those that no flag fixes."""
+    """Settings that flags override, and a grid over those that no flag fixes. Rates are AdamW's."""
 
     settings: dict = field(default_factory=dict)
+    adamw_lr: float = 5e-5  # where neither flag nor grid says a rate
     grid: dict = field(default_factory=dict)
     long_epochs: tuple[float, ...] = ()  # the grid's epochs for tasks not in `short`
     short: tuple[str, ...] = ()
@@ -147,7 +149,7 @@ PROTOCOLS = {
     "default": Protocol(),
     # Geiping and Goldstein 2022, "Cramming": one setting for all tasks
     "sane": Protocol(
-        {"train.lr": 4e-5, "train.batch_size": 16, "train.epochs": 5.0, "train.seeds": 5, "train.lr_schedule": "cosine"}
+        {"train.batch_size": 16, "train.epochs": 5.0, "train.seeds": 5, "train.lr_schedule": "cosine"}, adamw_lr=4e-5
     ),
     # Warner et al. 2024, "Smarter, better, faster, longer", table of GLUE hyperparameters
     "modernbert": Protocol(
@@ -165,9 +167,21 @@ def free_names(protocol: Protocol, given: set[str]) -> list[str]:
     return [name for name in protocol.grid if f"train.{name}" not in given]
 
 
+MUON_LR = 0.02  # in spectral norm: where AdamW's customary rate is 5e-5
+
+
+def choose_rates(train: FinetuneConfig, protocol: Protocol, kbert: bool) -> FinetuneConfig:
+    """The optimizer and its peak rate, where no flag names them: Muon for what Muon pretrained."""
+    optimizer = train.optimizer if train.optimizer != "auto" else "muon" if kbert else "adamw"
+    lr = train.lr or {"muon": MUON_LR, "adamw": protocol.adamw_lr}[optimizer]
+    return dataclasses.replace(train, optimizer=optimizer, lr=lr)
+
+
 def grid_of(protocol: Protocol, task: str, given: set[str], train: FinetuneConfig) -> list[FinetuneConfig]:
-    """The settings of every run: the protocol's grid, times the seeds."""
+    """The settings of every run: the protocol's grid, times the seeds. train: as choose_rates gives it."""
     grid = {name: protocol.grid[name] for name in free_names(protocol, given)}
+    if "lr" in grid and train.optimizer == "muon":  # as far apart as AdamW's
+        grid["lr"] = [lr / 5e-5 * MUON_LR for lr in grid["lr"]]
     if "epochs" in grid and task not in protocol.short:
         grid["epochs"] = protocol.long_epochs
     cells = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
@@ -433,6 +447,52 @@ def dev_score(metrics: dict[str, dict], data: Data) -> float:
 # One run
 
 
+def make_step(model: nn.Module, train: FinetuneConfig, process: Process) -> Callable[[float], None]:
+    """What updates a model from each rank's part of the gradients, at a factor of the peak learning rate."""
+    return (muon_step if train.optimizer == "muon" else adamw_step)(model, train, process)
+
+
+def muon_step(model: nn.Module, train: FinetuneConfig, process: Process) -> Callable[[float], None]:
+    """The optimizer of pretraining: Muon for the blocks' matrices, Adam at a twentieth of its rate for all else.
+
+    Matrices that Muon has trained are several times as large as those of AdamW, whose customary rates hardly move them,
+    and a model adapts best by the optimizer that trained it (arXiv 2605.10468, 2606.09658). The rate was chosen on micro
+    encoders and 45,000 pairs (records/notebook.md, "Rates, optimizers and the number of examples").
+    """
+    adam = {"betas": (0.9, 0.98), "lr": train.lr / 20}
+    optimizer = Optimizer(
+        model,
+        rank=process.rank,
+        world_size=process.world_size,
+        muon_lr=train.lr,
+        muon_weight_decay=train.weight_decay / train.lr,  # which decays by lr^2 times it
+        muon_beta2=0.95,
+        muon_polar_steps=5,
+        adam_eps=1e-6,
+        **{f"{group}_{name}": value for group in ("embed", "scalar") for name, value in adam.items()},
+    )
+    return lambda factor: optimizer.step(factor, momentum=0.95)
+
+
+def adamw_step(model: nn.Module, train: FinetuneConfig, process: Process) -> Callable[[float], None]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+
+    def step(factor: float) -> None:
+        sum_gradients(parameters, process)
+        nn.utils.clip_grad_norm_(parameters, train.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = train.lr * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
 def sum_gradients(parameters: list[nn.Parameter], process: Process) -> None:
     """Over ranks. A rank that had no example of a small last batch brings zeros."""
     if process.world_size == 1:
@@ -442,14 +502,6 @@ def sum_gradients(parameters: list[nn.Parameter], process: Process) -> None:
     dist.all_reduce(flat)
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad = part.view_as(p)
-
-
-def make_optimizer(parameters: list[nn.Parameter], train: FinetuneConfig) -> torch.optim.Optimizer:
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 class Training:
@@ -462,8 +514,7 @@ class Training:
         self.net, self.data, self.train, self.process, self.log, self.label = net, data, train, process, log, label
         self.split = data.splits["train"]
         set_trainable(net.model, train.trainable)
-        self.parameters = [p for p in net.model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.parameters, train)
+        self.update = make_step(net.model, train, process)
         self.examples = len(self.split.ends)
         self.per_epoch = -(-self.examples // train.batch_size)
         self.steps = max(1, round(train.epochs * self.per_epoch))
@@ -504,9 +555,8 @@ class Training:
         batch = self.order[number * train.batch_size : (number + 1) * train.batch_size]
         batch = batch[np.argsort(lengths[batch], kind="stable")]  # so that ranks get equal work
         index = {int(i): at for at, i in enumerate(batch)}
-        self.lr = train.lr * lr_factor(step / (self.steps + 1), train)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        factor = lr_factor(step / (self.steps + 1), train)
+        self.lr = train.lr * factor
         net.train(True)
         loss = torch.zeros((), device=process.device)
         for part, row in enumerate(net.rows(lengths, batch[process.rank :: process.world_size])):
@@ -516,10 +566,7 @@ class Training:
             row_loss = net.loss(self.split, row, np.array([index[int(i)] for i in row]), len(batch))
             row_loss.backward()
             loss += row_loss.detach()
-        sum_gradients(self.parameters, process)
-        nn.utils.clip_grad_norm_(self.parameters, train.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.update(factor)
         self.losses.append(loss)
         if self.log:
             self.log.bar.update()
@@ -560,7 +607,15 @@ class Training:
 # ---------------------------------------------------------------------------------------------------------------------
 # One task: every run of its grid, the chosen model's folder, predictions and card
 
-RECORDED = ("lr", "weight_decay", "epochs", "batch_size", "trainable", "seed")  # the settings that tell runs apart
+RECORDED = (
+    "optimizer",
+    "lr",
+    "weight_decay",
+    "epochs",
+    "batch_size",
+    "trainable",
+    "seed",
+)  # the settings that tell runs apart
 MODEL_CARD = """---
 {{ card_data }}
 ---
@@ -931,7 +986,8 @@ class Finetuner:
 
     def finetune(self, data: Data, base: Base, folder: Path, revision: str) -> dict:
         """One task, whose report it returns. revision: the branch on the Hub."""
-        cells = grid_of(self.protocol, data.name, self.given, self.train)
+        train = choose_rates(self.train, self.protocol, base.kbert)
+        cells = grid_of(self.protocol, data.name, self.given, train)
         report = TaskRuns(self.process, base, data, cells, folder, self.log).run()
         if self.hub:
             self.process.on_main(lambda: self.hub.push(folder / "model", revision))

@@ -202,7 +202,8 @@ class Optimizer:
         is_embedding = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         stacked = {id(m.weight): getattr(m, "stacked", 1) for m in model.modules() if isinstance(m, nn.Linear)}
         in_blocks = {id(p) for name, p in model.named_parameters() if ".blocks." in f".{name}"}
-        for p in model.parameters():
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for p in trained:
             if id(p) in is_embedding:
                 embeddings.append(p)
             elif id(p) in in_blocks and p.ndim == 2:
@@ -218,7 +219,7 @@ class Optimizer:
         named = (("adam.embed", embeddings, embed), ("adam.rest", others, rest))
         self.adam = [Adam(name, group, rank, world_size, **settings) for name, group, settings in named if group]
         grouped = sorted(id(p) for group in self.groups for p in group.parameters)
-        assert grouped == sorted(id(p) for p in model.parameters()), "every parameter belongs to exactly one group"
+        assert grouped == sorted(id(p) for p in trained), "every parameter belongs to exactly one group"
         self.descend = torch.compile(descend, dynamic=True) if compiled else descend  # one kernel for all lengths
         self.steps = 0
 

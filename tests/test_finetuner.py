@@ -33,7 +33,7 @@ from data.examples import Split, cut_longest_first, encode_texts, number_classes
 from data.squad import N_BEST, Windows, answer_scores, best_answers, candidates, encode_questions, null_threshold
 from data.tasks import GLUE, TASKS, Classes, Kind, Span, read_data, score
 from dataloading import LABEL_END, NO_LABEL, InputError, sha256_of, write_manifest, write_shard
-from finetuner import PROTOCOLS, DataConfig, FinetuneConfig, Network, grid_of
+from finetuner import PROTOCOLS, DataConfig, FinetuneConfig, Network, choose_rates, grid_of
 from hub_stand_in import Hub
 from model import KBERTConfig, KBERTForMaskedLM
 from records.log import read_log
@@ -299,7 +299,7 @@ def test_figures_of_the_results_stand_apart():
 
 def test_a_grid_lists_what_differs_the_best_first():
     runs = [{"lr": lr, "weight_decay": 1e-6, "epochs": 1.0, "batch_size": 64} for lr in (1e-5, 3e-5, 8e-5)]
-    runs = [{"settings": {**run, "trainable": "all", "seed": 1}, "best_step": 4} for run in runs]
+    runs = [{"settings": {**run, "optimizer": "muon", "trainable": "all", "seed": 1}, "best_step": 4} for run in runs]
     table = finetuner.grid_table([{**run, "score": score} for run, score in zip(runs, (0.25, 0.75, 0.5))])
     assert [line.split() for line in table.splitlines()] == [
         ["lr", "dev_score", "best_step"],
@@ -628,11 +628,12 @@ def test_files_are_named_as_the_server_wants_them():
 @pytest.mark.parametrize(
     "trainable, layers", [("classifier", []), ("last_2", [2, 3]), ("last_3", [1, 2, 3]), ("all", [0, 1, 2, 3])]
 )
-def test_what_is_not_trainable_stays(base, tokenizer, films, trainable, layers):
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_what_is_not_trainable_stays(base, tokenizer, films, trainable, layers, optimizer):
     net = make_network(base)
     before = {name: tensor.clone() for name, tensor in net.model.state_dict().items()}
     data = read_data("custom", tokenizer, 64, DataConfig(dataset=films, max_train_examples=16))
-    train = FinetuneConfig(trainable=trainable, epochs=2, batch_size=8, lr=1e-3, log_every=2)
+    train = FinetuneConfig(trainable=trainable, epochs=2, batch_size=8, optimizer=optimizer, lr=1e-3, log_every=2)
     finetuner.Training(net, data, train, ALONE, None).run()
     moved = {name for name, tensor in net.model.state_dict().items() if not torch.equal(tensor, before[name])}
     head = {"dense.weight", "classifier.weight", "classifier.bias"}
@@ -653,7 +654,7 @@ def settings_of(text: str) -> dict:
 def test_flags_override_the_protocol_and_the_protocol_the_preset():
     settings = settings_of("--preset micro --protocol sane --train.epochs 3")
     names = ("epochs", "lr", "batch_size", "seeds", "lr_schedule", "compare_random")
-    assert [settings["train"][name] for name in names] == [3.0, 4e-5, 16, 5, "cosine", True]
+    assert [settings["train"][name] for name in names] == [3.0, None, 16, 5, "cosine", True]
     assert settings["task"] == "pairs" and settings["data"]["max_train_examples"] == 5000
     assert settings_of("")["task"] == "mnli" and settings_of("")["train"] == vars(FinetuneConfig())
     assert settings_of("--preset micro --task rte")["task"] == "rte"
@@ -703,6 +704,31 @@ def test_protocols():
     assert len(grid_of(protocol, "rte", {"train.lr", "train.epochs"}, FinetuneConfig())) == 4
     cells = grid_of(PROTOCOLS["default"], "rte", set(), FinetuneConfig(seeds=3, seed=5))
     assert [cell.seed for cell in cells] == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "kbert, protocol, changed, optimizer, lr",
+    [
+        (True, "default", {}, "muon", 0.02),
+        (True, "sane", {}, "muon", 0.02),
+        (True, "default", {"optimizer": "adamw"}, "adamw", 5e-5),
+        (True, "default", {"lr": 0.01}, "muon", 0.01),
+        (False, "default", {}, "adamw", 5e-5),
+        (False, "sane", {}, "adamw", 4e-5),
+        (False, "default", {"lr": 1e-4}, "adamw", 1e-4),
+    ],
+)
+def test_a_kbert_is_finetuned_by_what_pretrained_it_and_others_by_adamw(kbert, protocol, changed, optimizer, lr):
+    chosen = choose_rates(FinetuneConfig(**changed), PROTOCOLS[protocol], kbert)
+    assert (chosen.optimizer, chosen.lr) == (optimizer, lr)
+
+
+def test_a_grids_rates_are_as_far_apart_for_muon_as_for_adamw():
+    rates = {}
+    for kbert in (True, False):
+        train = choose_rates(FinetuneConfig(), PROTOCOLS["modernbert"], kbert)
+        rates[kbert] = sorted({cell.lr for cell in grid_of(PROTOCOLS["modernbert"], "rte", set(), train)})
+    assert rates[False] == [1e-5, 3e-5, 5e-5, 8e-5] and rates[True] == pytest.approx([0.004, 0.012, 0.02, 0.032])
 
 
 def test_the_config_of_a_grid_repeats_the_grid(base, tmp_path):
