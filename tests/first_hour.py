@@ -2,6 +2,7 @@
 
     python tests/first_hour.py              every part, on whatever is there: one GPU, several, or a CPU
     python tests/first_hour.py --part 3     one of them, each under 8 minutes (but for --minutes)
+    python tests/first_hour.py --expect     what to expect on which GPU, computed
 
 Needs no network: speed is measured on made-up documents with ModernBERT's vocabulary, training on the embedded sample.
 What the machine lacks is skipped with its reason; without a GPU, or with --small, shapes are tiny and runs eager. Each
@@ -26,7 +27,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from dataloading import sha256_of, write_manifest, write_shard
-from records.log import environment, read_log
+from model import PRESETS, KBERTConfig
+from records.log import PEAK_FLOPS, Work, environment, read_log
 from trainer import why_eager
 
 MODERNBERT = {"vocab_size": 50_368, "cls": 50_281, "sep": 50_282, "pad": 50_283, "mask": 50_284, "unk": 50_280}
@@ -227,6 +229,48 @@ PARTS: dict[int, Callable[[Machine], Iterator[Check]]] = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What to expect, computed: nothing of this has been measured
+
+# Memory in bytes a second; FLOP/s are those of records/log.py.
+BANDWIDTH = {"B200": 8.0e12, "H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "L40S": 0.86e12, "RTX 4090": 1.01e12}
+
+
+def expected_rate(preset: str, gpu: str, tokens: int = 65_536, longest: int = 1024) -> tuple[float, float]:
+    """Tokens a second and MFU of one GPU, of a row of documents of `longest` tokens, forward and backward.
+
+    Products at two thirds of peak, the head's at 0.54, attention's at 0.35 forward and 0.24 backward (FlexAttention, in
+    blocks of 128, of which a local layer computes three); the rest moves 85 bytes for a token, layer and unit of width,
+    and 15.5 for one of GeGLU's, at nine tenths of the bandwidth (records/notebook.md, on a GPU's compiler).
+    """
+    config, peak = KBERTConfig(**PRESETS[preset]), PEAK_FLOPS[gpu]
+    d, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    global_layers = sum(config.is_global(layer) for layer in range(layers))
+    masked = round(0.225 * tokens)
+    matrices = 3 * 2 * tokens * layers * (4 * d * d + 3 * d * f)
+    head = 3 * 2 * masked * d * config.vocab_size
+    attention = 4 * d * tokens * (global_layers * longest + (layers - global_layers) * 384)
+    moved = tokens * layers * (85 * d + 15.5 * f)
+    seconds = matrices / (0.66 * peak) + head / (0.54 * peak) + moved / (0.9 * BANDWIDTH[gpu]) + 0.002
+    seconds += attention / (0.35 * peak) + 2.5 * attention / (0.24 * peak)
+    work = Work()
+    work.add(np.full(tokens // longest, longest), masked, config.local_attention_window)
+    return tokens / seconds, work.training_flops(config) / seconds / peak
+
+
+def expectations() -> str:
+    """A table for the README."""
+    lines = ["| GPU | `small` | `base` | MFU of `base` | `large` | default run of `base`, 10.5B tokens, one; eight |"]
+    lines.append("|---|---|---|---|---|---|")
+    for gpu in BANDWIDTH:
+        rates = {preset: expected_rate(preset, gpu) for preset in ("small", "base", "large")}
+        small, base, large = (f"{tokens / 1000:,.0f}k" for tokens, _ in rates.values())
+        hours = 10_000 * 1_048_576 / rates["base"][0] / 3600
+        run = f"{hours:.1f} h; {60 * hours / 8:.0f} min"
+        lines.append(f"| {gpu} | {small} | {base} | {rates['base'][1]:.0%} | {large} | {run} |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What the parts run in processes of their own
 
 
@@ -235,7 +279,6 @@ def probe(machine: Machine, preset: str) -> None:
     import warnings
 
     from dataloading import Loader, read_manifest
-    from model import PRESETS
     from tests.benchmark import Ours
     from trainer import Process, fit_row_tokens, mask_count, model_config
 
@@ -289,9 +332,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("logs/first_hour"), help="folder for all it leaves")
     parser.add_argument("--minutes", type=float, default=10, help="of the training run [10]")
     parser.add_argument("--small", action="store_true", help="tiny shapes, as on a machine without a GPU")
+    parser.add_argument("--expect", action="store_true", help="print what to expect, computed, and run nothing")
     parser.add_argument("--probe", help=argparse.SUPPRESS)
     parser.add_argument("--fail", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.expect:
+        return print(expectations())
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = torch.device("cuda" if gpus else "cpu")
     out = arguments.out.resolve()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, run_python
+from first_hour import expected_rate
 
 TINY = ("--layers", 2, "--hidden", 64, "--heads", 1, "--intermediate", 64, "--row-tokens", 256, "--max-length", 96)
 
@@ -53,3 +54,16 @@ def test_the_sample_is_that_of_the_checkout_from_wherever_the_command_is_given(c
     result = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "M tokens/s" in result.stdout
+
+
+def test_the_first_hour_on_a_machine_without_a_gpu(tmp_path):
+    done = run_python("tests/first_hour.py", "--part", 1, "--part", 5, "--out", tmp_path / "hour")
+    report = (tmp_path / "hour" / "report.md").read_text()
+    assert done.returncode == 0, done.stdout
+    assert "| tests/test_gpu.py | skipped | no GPU |" in report and "tokens/s, MFU" in report
+
+
+def test_what_to_expect_of_an_h100_is_what_the_notebook_computes():
+    """151 ms for a row of 65,536 tokens."""
+    tokens, mfu = expected_rate("base", "H100")
+    assert tokens == pytest.approx(65_536 / 0.151, rel=0.02) and mfu == pytest.approx(0.34, abs=0.015)
