@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataloading import InputError, Loader, Row, read_manifest
+from dataloading import InputError, Loader, Row, first_line, read_manifest
 from model import PRESETS, KBERTConfig, KBERTForMaskedLM, attend, flex_mask
 from records.baseline.modernbert import Reference
 from records.log import Work, peak_flops
@@ -200,67 +200,87 @@ def profile_step(arguments, config: KBERTConfig, loader: Loader, process: Proces
 
 
 def ways_to_attend(document_ids: Tensor) -> dict[str, Callable]:
-    """Of q, k, v [1, T, H, D] and a window: name -> function."""
+    """Of q, k, v [1, T, H, D] and a window: name -> function. The first is what the model does."""
     from torch.nn.attention.varlen import varlen_attn
 
     ends = torch.bincount(document_ids).cumsum(0)
     cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
     longest = int(cu_seqlens.diff().max())
+    token = torch.arange(document_ids.size(0), device=document_ids.device)
+    first = torch.searchsorted(document_ids, document_ids, side="left")  # [T] of each token's document
+    last = torch.searchsorted(document_ids, document_ids, side="right") - 1
 
     def flex(q, k, v, window):
         return attend(q, k, v, flex_mask(document_ids, window), 0.12)
 
-    def flex_64(q, k, v, window):  # a local layer computes 192 keys for a query, not 384
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        mask = flex_mask(document_ids, window, 64)
-        return flex_attention(q, k, v, block_mask=mask, scale=0.12).transpose(1, 2)
+    def flex_with(size: int = 128, bounds: bool = False, **kernel_options) -> Callable:
+        def call(q, k, v, window):
+            mask = flex_mask(document_ids, window, size)
+            if bounds:  # two numbers for each query, in place of document ids of both sides
+                low = first if window is None else torch.maximum(first, token - window)
+                high = last if window is None else torch.minimum(last, token + window)
+                mask.mask_mod = lambda b, h, q, k: (low[q] <= k) & (k <= high[q])
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return flex_attention(q, k, v, block_mask=mask, scale=0.12, kernel_options=kernel_options).transpose(1, 2)
+
+        return call
 
     def varlen(q, k, v, window):
         sides = (-1, -1) if window is None else (window, window)
-        bounds = (cu_seqlens, cu_seqlens, longest, longest)
-        return varlen_attn(q[0], k[0], v[0], *bounds, scale=0.12, window_size=sides)[None]
+        limits = (cu_seqlens, cu_seqlens, longest, longest)
+        return varlen_attn(q[0], k[0], v[0], *limits, scale=0.12, window_size=sides)[None]
 
-    # The default backward kernel has tiles of 128 keys, which do not divide blocks of 64
     tuned = {"max_autotune": True}
     return {
         "flex": torch.compile(flex),
         "flex, tuned": torch.compile(flex, options=tuned),
-        "flex, tuned, blocks of 64": torch.compile(flex_64, options=tuned),
+        # The default backward kernel has tiles of 128 keys, which do not divide blocks of 64.
+        "flex, tuned, blocks of 64": torch.compile(flex_with(64), options=tuned),
+        "flex, mask by bounds": torch.compile(flex_with(bounds=True)),
+        "flex, rows said to be safe": torch.compile(flex_with(ROWS_GUARANTEED_SAFE=True)),
+        "flex, FLASH": torch.compile(flex_with(BACKEND="FLASH")),
         "varlen": varlen,
     }
 
 
 def compare_attention(config: KBERTConfig, loader: Loader, process: Process) -> dict:
-    """Forward and backward of one layer's attention on a real row: FlexAttention, mask included, with its default and
-    with tuned tiles, in blocks of 128 and of 64 tokens, against varlen_attn."""
+    """Forward and backward of one layer's attention on a real row, mask included: FlexAttention in several ways, and
+    varlen_attn."""
     if process.device.type != "cuda":
         raise InputError("--attention needs a GPU: FlexAttention has no backward on a CPU")
     row, heads = next(iter(loader)), config.num_attention_heads
     size = (1, row.input_ids.size(0), heads, config.hidden_size // heads)  # [1, T, H, D]
     style = {"device": process.device, "dtype": torch.bfloat16, "requires_grad": True}
     q, k, v = (torch.randn(size, **style) for _ in range(3))
-    ways, result = ways_to_attend(row.document_ids), {}
+    result = {}
     for window in (config.local_attention_window // 2, None):
-        expected = ways["flex"](q, k, v, window).detach()
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(23):
-            for name, call in ways.items():
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                out = call(q, k, v, window)
-                out.sum().backward()
-                torch.cuda.synchronize()
-                if turn >= 3:  # compiled, and warm
-                    seconds[name].append(time.perf_counter() - start)
-                elif (error := float((out - expected).norm() / expected.norm())) > 0.01:
-                    raise InputError(
-                        f"{name} differs from flex by {error:.3f} at window {window}: its time says nothing"
-                    )
-        times = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+        times = time_ways(ways_to_attend(row.document_ids), q, k, v, window)
         for name, spent in times.items():
             print(f"window {window}: {name} {spent:.2f} ms ({spent / times['flex']:.2f} of flex's)")
         result["global" if window is None else "local"] = {name: round(value, 3) for name, value in times.items()}
     return {"attention_ms": result}
+
+
+def time_ways(ways: dict[str, Callable], q: Tensor, k: Tensor, v: Tensor, window: int | None) -> dict[str, float]:
+    """Median milliseconds of forward and backward, in turn; a way that cannot run here is left out, with its reason."""
+    expected, seconds = ways["flex"](q, k, v, window).detach(), {name: [] for name in ways}
+    for turn in range(23):
+        for name in list(seconds):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            try:
+                out = ways[name](q, k, v, window)
+                out.sum().backward()
+            except Exception as error:  # a backend that is not installed, a GPU that it does not know
+                print(f"window {window}: {name} is left out ({type(error).__name__}: {first_line(error)[:100]})")
+                del seconds[name]
+                continue
+            torch.cuda.synchronize()
+            if turn >= 3:  # compiled, and warm
+                seconds[name].append(1000 * (time.perf_counter() - start))
+            elif (apart := float((out - expected).norm() / expected.norm())) > 0.01:
+                raise InputError(f"{name} differs from flex by {apart:.3f} at window {window}: its time says nothing")
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def measure_loader(loader: Loader, seconds: float = 5.0) -> dict:
