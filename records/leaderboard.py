@@ -1,6 +1,6 @@
 """Writes the tables and pictures of all records; nobody edits those.
 
-python records/leaderboard.py            the table in README.md and the pictures in records/figures/
+python records/leaderboard.py            the table in README.md, records/published.md and records/figures/
 python records/leaderboard.py --check    exits with 1 when what is committed is stale
 """
 
@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataloading import InputError
@@ -23,19 +24,38 @@ from records.verify import RECORDS, Record, read_records, read_tracks
 
 BEGIN, END = "<!-- records: written by records/leaderboard.py -->", "<!-- end of records -->"
 
-# Published encoders: pretraining FLOPs (low, high) as estimated from their papers, parameters in millions, MNLI-m (dev)
+
+class Published(NamedTuple):
+    """A published encoder. FLOPs count a backward as two forwards; scores in percent, on dev, None where unknown."""
+
+    low: float  # pretraining FLOPs, the least that the source allows
+    high: float
+    parameters: int  # millions
+    mnli: float | None  # matched
+    glue: float | None  # mean over tasks, each counted as its source does
+    source: str
+
+
+ELECTRA = "Clark et al. 2020; its flops_computation.py, which counts a backward as one forward, times 1.5"
+TOKENS = "6 x parameters without embeddings x tokens, generators included"
 PUBLISHED = {
-    "crammed BERT": (5e18, 5e18, 120, 83.9),
-    "BERT-base": (2e19, 8e19, 110, 85.4),
-    "MosaicBERT-base": (2.7e19, 2.7e19, 137, 85.6),
-    "RoBERTa-base": (1.3e21, 1.3e21, 125, 87.6),
-    "Ettin-17M": (1.4e20, 1.4e20, 17, 79.5),
-    "Ettin-32M": (3e20, 3e20, 32, 83.4),
-    "Ettin-68M": (8e20, 8e20, 68, 87.0),
-    "Ettin-150M": (1.8e21, 1.8e21, 149, 89.2),
-    "ModernBERT-base": (1.8e21, 1.8e21, 149, 89.1),
-    "NeoBERT": (3.4e21, 3.4e21, 250, 88.9),
-    "DeBERTa-v3-base": (2e21, 2e21, 184, 90.6),
+    "crammed BERT": Published(5e18, 5e18, 120, 83.9, 78.6, "Geiping and Goldstein 2022"),
+    "BERT-base": Published(2e19, 9.6e19, 110, 85.4, 84.7, "Devlin et al. 2018; steps of 128 or of 512 tokens"),
+    "MosaicBERT-base": Published(2.7e19, 2.7e19, 137, 85.6, 85.4, "Portes et al. 2023"),
+    "RoBERTa-base": Published(1.3e21, 1.3e21, 125, 87.6, 86.4, f"Liu et al. 2019; {TOKENS}"),
+    "ELECTRA-small, paper": Published(2.1e18, 2.1e18, 14, None, 79.9, ELECTRA),
+    "ELECTRA-base, paper": Published(9.6e19, 9.6e19, 110, None, 85.1, ELECTRA),
+    "ELECTRA-small": Published(5e19, 5e19, 14, 81.3, 81.1, f"{ELECTRA}, for the 4M steps of the released model"),
+    "ELECTRA-base": Published(5e20, 5e20, 110, 88.8, 87.5, f"{ELECTRA}, for the 4M steps of the released model"),
+    "COCO-LM base++": Published(1.2e21, 1.6e21, 110, 90.2, 88.6, f"Meng et al. 2021; {TOKENS}"),
+    "AMOS base++": Published(1.2e21, 1.8e21, 110, 90.5, 89.4, f"Meng et al. 2022; {TOKENS}"),
+    "Ettin-17M": Published(1.4e20, 1.4e20, 17, 79.5, 79.2, f"Weller et al. 2025; {TOKENS}"),
+    "Ettin-32M": Published(3e20, 3e20, 32, 83.4, 83.5, f"Weller et al. 2025; {TOKENS}"),
+    "Ettin-68M": Published(8e20, 8e20, 68, 87.0, 87.2, f"Weller et al. 2025; {TOKENS}"),
+    "Ettin-150M": Published(1.8e21, 1.8e21, 149, 89.2, 88.9, f"Weller et al. 2025; {TOKENS}"),
+    "ModernBERT-base": Published(1.8e21, 1.8e21, 149, 89.1, 88.4, f"Warner et al. 2024; {TOKENS}"),
+    "NeoBERT": Published(3.4e21, 3.4e21, 250, 88.9, 88.8, f"Le Breton et al. 2025; {TOKENS}"),
+    "DeBERTa-v3-base": Published(2e21, 2e21, 184, 90.6, 88.1, f"He et al. 2021; {TOKENS}"),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,7 +74,8 @@ def duration(seconds: float) -> str:
 
 def matches(mnli: float | None) -> str:
     """The best published model whose MNLI-m this one reaches."""
-    reached = [(score, name) for name, (_, _, _, score) in PUBLISHED.items() if mnli is not None and mnli >= score]
+    scores = [(model.mnli, name) for name, model in PUBLISHED.items() if model.mnli is not None]
+    reached = [(score, name) for score, name in scores if mnli is not None and mnli >= score]
     return max(reached)[1] if reached else "-"
 
 
@@ -139,33 +160,70 @@ def draw_history(axis, records: list[Record]) -> None:
     axis.margins(x=0.25, y=0.2)
 
 
-def draw_pareto(axis, records: dict[str, list[Record]]) -> None:
-    """MNLI against pretraining FLOPs, and the front that nothing published beats."""
-    points = []
-    for name, (low, high, _, score) in PUBLISHED.items():
-        flops = math.sqrt(low * high)
-        points.append((flops, score))
-        reach = [[flops - low], [high - flops]] if high > low else None
-        axis.errorbar(flops, score, xerr=reach, fmt="o", color=COLORS[1], ms=4, lw=1)
-        if name in ("BERT-base", "ModernBERT-base"):  # their neighbours' names stand above
-            write_name(axis, name, points[-1], (-5, -4), fontsize=7, ha="right", va="top")
-        else:
-            write_name(axis, name, points[-1], (5, 3), fontsize=7)
+def draw_pareto(axis, score: str, records: dict[str, list[Record]]) -> None:
+    """A score, "mnli" or "glue", against pretraining FLOPs, and the front that nothing beats."""
+    points, names = [], []
+    for name, model in PUBLISHED.items():
+        if (value := getattr(model, score)) is None:
+            continue
+        flops = math.sqrt(model.low * model.high)
+        points.append((flops, value))
+        names.append(axis.text(*points[-1], name, fontsize=7))
+        reach = [[flops - model.low], [model.high - flops]]
+        axis.errorbar(*points[-1], xerr=reach, fmt="o", color=COLORS[1], ms=4, lw=1)
     for record in itertools.chain(*records.values()):
         m = record.said["measured"]
-        if m["mnli_matched"] is not None:
+        if score == "mnli" and m["mnli_matched"] is not None:
             points.append((m["flops"], m["mnli_matched"]))
+            names.append(axis.text(*points[-1], record.said["name"], fontsize=7, color=COLORS[0]))
             axis.plot(*points[-1], "*", color=COLORS[0], ms=10)
-            write_name(axis, record.said["name"], points[-1], (5, 3), fontsize=7, color=COLORS[0])
     front: list[tuple[float, float]] = []
-    for flops, score in sorted(points):
-        if not front or score > front[-1][1]:
-            front.append((flops, score))
+    for flops, value in sorted(points):
+        if not front or value > front[-1][1]:
+            front.append((flops, value))
     axis.plot(*zip(*front), color="#444444", lw=1, ls="--", drawstyle="steps-post", label="Pareto front")
     axis.set(xlabel="pretraining FLOPs (logarithmic; bars: range of estimates)", xscale="log")
-    axis.set(ylabel="MNLI-m accuracy on dev (%)")
-    axis.margins(x=0.15, y=0.1)
+    axis.set(ylabel={"mnli": "MNLI-m, accuracy on dev (%)", "glue": "GLUE, mean over tasks on dev (%)"}[score])
+    axis.margins(x=0.2, y=0.1)
     axis.legend(frameon=False, fontsize=8)
+    spread_names(axis, names, points)
+
+
+def spread_names(axis, names: list, points: list[tuple[float, float]]) -> None:
+    """Puts each name beside its point, where it covers neither a point nor another name."""
+    axis.figure.canvas.draw()  # texts have a size from now on
+    at = axis.transData.transform(points)  # [points, 2] pixels
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in at]
+    for name, (x, y) in sorted(zip(names, at), key=lambda pair: -pair[1][1]):
+        box = name.get_window_extent()
+        places = [(x + dx - box.width * left, y + dy) for dy in (4, -16, 16, -28, 28, -40, 40) for dx, left in SIDES]
+        boxes = [(left, low, left + box.width, low + box.height) for left, low in places]
+        free = (box for box in boxes if not any(overlap(box, other) for other in taken))
+        chosen = next(free, boxes[0])
+        taken.append(chosen)
+        name.set_position(axis.transData.inverted().transform(chosen[:2]))
+
+
+SIDES = ((8, 0), (-8, 1))  # right and left of a point: pixels, and how much of the name's width
+
+
+def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    """Of boxes (left, low, right, high)."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def published_table() -> str:
+    """What pareto.png is drawn from."""
+    lines = ["# What the picture of published encoders is drawn from", "", "Written by records/leaderboard.py.", ""]
+    lines += [
+        "| encoder | parameters (M) | pretraining FLOPs | MNLI-m | GLUE mean | source |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, model in PUBLISHED.items():
+        flops = f"{model.low:.1e}" if model.low == model.high else f"{model.low:.1e} to {model.high:.1e}"
+        mnli, glue = ("-" if score is None else f"{score:.1f}" for score in (model.mnli, model.glue))
+        lines.append(f"| {name} | {model.parameters} | {flops} | {mnli} | {glue} | {model.source} |")
+    return "\n".join(lines) + "\n"
 
 
 def save(out: Path, source: str, panels: int, draw: Callable) -> None:
@@ -202,7 +260,12 @@ def source_hash(*parts: object) -> str:
 def pictures(tracks: dict[str, dict], records: dict[str, list[Record]]) -> Iterator[tuple[str, str, int, Callable]]:
     """File name, hash of its source, number of panels, and what draws them."""
     measured = [record.said["measured"] for record in itertools.chain(*records.values())]
-    yield "pareto.png", source_hash(measured), 1, lambda axes: draw_pareto(axes[0], records)
+
+    def draw_published(axes):
+        for axis, score in zip(axes, ("mnli", "glue")):
+            draw_pareto(axis, score, records)
+
+    yield "pareto.png", source_hash(measured), 2, draw_published
     for name, track in tracks.items():
         if not (mine := records[name]):
             continue
@@ -221,12 +284,15 @@ def update(root: Path, check: bool) -> list[Path]:
     tracks = read_tracks(root)
     records = {name: read_records(root / name) for name in tracks}
     readme, stale = root.parent / "README.md", []
-    text = readme.read_text(encoding="utf-8")
-    fresh = with_table(text, table(root, tracks, records))
-    if fresh != text:
-        stale.append(readme)
-        if not check:
-            readme.write_text(fresh, encoding="utf-8")
+    texts = {
+        readme: with_table(readme.read_text(encoding="utf-8"), table(root, tracks, records)),
+        root / "published.md": published_table(),
+    }
+    for path, fresh in texts.items():
+        if not path.exists() or fresh != path.read_text(encoding="utf-8"):
+            stale.append(path)
+            if not check:
+                path.write_text(fresh, encoding="utf-8")
     for name, source, panels, draw in pictures(tracks, records):
         out = root / "figures" / name
         if source_of(out) != source:

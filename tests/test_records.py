@@ -507,7 +507,7 @@ def test_declared_runs_have_their_seeds(corpus, tmp_path):
 
 def test_leaderboard(archive, record):
     root = record.parents[1]
-    assert len(update(root, check=True)) == 3  # the table and two pictures
+    assert len(update(root, check=True)) == 4  # two tables and two pictures
     update(root, check=False)
     assert update(root, check=True) == []
     text = (root.parent / "README.md").read_text()
