@@ -61,7 +61,7 @@ from dataloading import (
 from model import PRESETS as MODEL_PRESETS
 from model import KBERTConfig, KBERTForMaskedLM, compiled_backend, option, pack_slots
 from optimizer import POLAR_EXPRESS, Optimizer
-from records.log import MASKED_LAST_LAYER, Clock, RunLog, Work, environment, log_line, peak_flops, read_code
+from records.log import MASKED_LAST_LAYER, Clock, RunLog, Work, cut_log, environment, log_line, peak_flops, read_code
 from records.plot import draw_curves
 
 ROOT = Path(__file__).resolve().parent
@@ -125,6 +125,7 @@ class TrainConfig:
     save_every: NonNegativeInt = option(0, "steps between checkpoints; 0: none but that of an interruption")
     keep_checkpoints: PositiveInt = option(2, "checkpoints that stay on disk")
     resume: str | None = option(None, "a checkpoint's folder, or auto: the newest of run_name or of any unfinished run")
+    start_afresh: bool = option(False, "with resume auto: where every checkpoint of the run is damaged, start it again")
     out: str = option("logs", "folder of runs")
     run_name: str | None = option(None, "folder of this run within out; none: date and time")
     declared_runs: PositiveInt | None = option(
@@ -491,6 +492,7 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
     write(temporary)
     for path in temporary.rglob("*"):
         if path.is_file():
+            path.chmod(0o644)  # safetensors writes for the owner alone
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
     shutil.rmtree(folder, ignore_errors=True)
@@ -512,28 +514,70 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted(run.glob("checkpoints/step-*[0-9]"), key=checkpoint_step)
 
 
-def find_checkpoint(resume: str, out: Path, run_name: str | None) -> Path | None:
-    """The folder to resume from. auto: None when there is nothing to resume."""
+def write_hashes(folder: Path) -> None:
+    """SHA256SUMS, of all files in a folder; `sha256sum -c` reads it too."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = [f"{sha256_of(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    (folder / "SHA256SUMS").write_text("".join(hashes), encoding="utf-8")
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by the hashes that it carries; None where nothing is."""
+    try:
+        text = (checkpoint / "SHA256SUMS").read_text(encoding="utf-8")
+        hashes = {name: digest for digest, name in (line.split("  ", 1) for line in text.splitlines())}
+        for name in {"state.json", "model.safetensors", "optimizer.safetensors", *hashes}:
+            if sha256_of(checkpoint / name) != hashes[name]:
+                return f"{name} is not as it was written"
+    except OSError as error:
+        return f"{Path(error.filename).name} cannot be read: {error.strerror}"
+    except (KeyError, ValueError):
+        return "SHA256SUMS is not as it was written"
+    return None
+
+
+def is_finished(run: Path) -> bool:
+    """Whether it has its model, and its log the result, which is written last."""
+    log = run / "log.txt"
+    return (run / "model").exists() and log.exists() and b"\n=== result\n" in log.read_bytes()
+
+
+def find_checkpoint(resume: str, out: Path, run_name: str | None, start_afresh: bool = False) -> Path | None:
+    """The folder to resume from. auto: the newest that is whole, None when there is nothing to resume."""
     if resume != "auto":
-        if not (Path(resume) / "state.json").exists():
+        if wrong := damage_of(Path(resume)):
             raise InputError(
-                f"--train.resume {resume} is not a checkpoint: give a folder logs/RUN/checkpoints/step-NNNNNN, or auto"
+                f"--train.resume {resume} is not a checkpoint that is whole ({wrong}): "
+                "give another folder logs/RUN/checkpoints/step-NNNNNN, or auto"
             )
         return Path(resume)
-    runs = [out / run_name] if run_name else [run for run in out.glob("*") if not (run / "model").exists()]
+    runs = [out / run_name] if run_name else [run for run in out.glob("*") if not is_finished(run)]
     newest = max((run for run in runs if checkpoints_of(run)), key=lambda run: run.stat().st_mtime, default=None)
-    return newest and checkpoints_of(newest)[-1]
+    for checkpoint in reversed(checkpoints_of(newest) if newest else []):
+        wrong = damage_of(checkpoint)
+        if not wrong:
+            return checkpoint
+        print(f"{checkpoint} is damaged: {wrong}")
+    if newest and not start_afresh:
+        raise InputError(
+            f"no checkpoint of {newest} is whole: --train.start_afresh true sets them aside and starts the run again"
+        )
+    return None
 
 
-def set_aside_later(checkpoint: Path) -> list[Path]:
-    """Moves the checkpoints ahead of the one resumed to abandoned/, where nothing resumes or deletes them."""
-    run, moved = checkpoint.parent.parent, []
+def set_aside_later(run: Path, step: int) -> list[Path]:
+    """Moves the checkpoints after `step` to abandoned/, where nothing resumes or deletes them."""
+    aside, moved = run / "abandoned", []
     for path in checkpoints_of(run):
-        if checkpoint_step(path) > checkpoint_step(checkpoint):
-            (run / "abandoned").mkdir(exist_ok=True)
-            taken = len(list((run / "abandoned").glob(f"{path.name}*")))
-            moved.append(path.rename(run / "abandoned" / (f"{path.name}-{taken}" if taken else path.name)))
+        if checkpoint_step(path) > step:
+            aside.mkdir(exist_ok=True)
+            taken = len(list(aside.glob(f"{path.name}*")))
+            moved.append(path.rename(aside / (f"{path.name}-{taken}" if taken else path.name)))
     return moved
+
+
+class RunFinished(InputError):
+    """There is nothing left to do."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -712,7 +756,8 @@ class Run:
         self.open_folder()
         self.build_model()
         self.restore()
-        self.open_log()
+        self.steps, self.log = None if self.train.max_minutes is not None else self.train.steps, None
+        process.on_main(self.open_log)
 
     # --- set-up
 
@@ -744,17 +789,21 @@ class Run:
     def claim_folder(self) -> tuple[Path | None, Path, dict | None]:
         """The checkpoint to resume, the run's folder, and what the checkpoint's state.json says."""
         train, out = self.train, Path(self.train.out)
-        checkpoint = find_checkpoint(train.resume, out, train.run_name) if train.resume else None
         folder = out / (train.run_name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{self.preset}")
+        if train.resume == "auto" and is_finished(folder):
+            raise RunFinished(f"{folder} is finished: to train on, give --train.resume one of its checkpoints")
+        checkpoint = None
+        if train.resume:
+            checkpoint = find_checkpoint(train.resume, out, train.run_name, train.start_afresh)
         if checkpoint:
             folder = checkpoint.parent.parent
-            for path in set_aside_later(checkpoint):
-                print(f"resuming from {checkpoint.name}: a later checkpoint is set aside as {path}")
         elif (folder / "log.txt").exists() and (folder / "log.txt").stat().st_size > 0:
-            raise InputError(
-                f"{folder} holds a run already: choose another --train.run_name, "
-                "or continue it with --train.resume auto"
-            )
+            if train.resume != "auto":
+                raise InputError(
+                    f"{folder} holds a run already: choose another --train.run_name, "
+                    "or continue it with --train.resume auto"
+                )
+            print(f"{folder} has no checkpoint to resume: starting afresh; its log goes to {folder / 'abandoned'}")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "log.txt").touch()  # says now, not in an hour, that this place cannot be written
         return checkpoint, folder, json.loads((checkpoint / "state.json").read_text()) if checkpoint else None
@@ -839,12 +888,13 @@ class Run:
         }
 
     def open_log(self) -> None:
+        """On rank 0, which alone has one. What the folder holds of after the checkpoint is moved aside first."""
         train, process = self.train, self.process
-        self.steps = None if train.max_minutes is not None else train.steps
+        for path in set_aside_later(self.folder, self.step if self.checkpoint else -1):
+            print(f"going on from step {self.step}: a later checkpoint is set aside as {path}")
+        if not self.checkpoint:
+            cut_log(self.folder)
         self.peak = peak_flops(process.device) * process.world_size
-        self.log = None
-        if not process.is_main:
-            return
         run = self.wandb and self.wandb.init(project=train.wandb_project, name=self.folder.name, config=self.resolved())
         self.log = RunLog(self.folder, self.steps, self.step, run)
         alone = Process(0, 1, torch.device("cpu"))
@@ -853,7 +903,7 @@ class Run:
             self.log.section("resumed", self.checkpoint.name, echo=True)
             return
         repeat = self.resolved()
-        for name in ("run_name", "resume"):
+        for name in ("run_name", "resume", "start_afresh"):
             del repeat["train"][name]
         write_settings(self.folder, repeat)
         measured = {"peak_flops": self.peak, "compiled": self.compiled}
@@ -1009,6 +1059,7 @@ class Run:
             save_model(into, self.model, self.tokenizer)
             save_file(optimizer_state, into / "optimizer.safetensors")
             (into / "state.json").write_text(json.dumps(state))
+            write_hashes(into)
 
         folder = self.folder / "checkpoints" / f"step-{self.step:06d}"
         save_folder(folder, write)
@@ -1151,7 +1202,12 @@ def main(argv: list[str] | None = None) -> None:
     settings, _ = parse_flags(parser, argv, {"preset": PRESETS})
     train = settings["train"]
     with join_processes(train["device"], train["timeout_minutes"]) as process:
-        run = Run(process, settings, ["trainer.py", *argv], code)
+        try:
+            run = Run(process, settings, ["trainer.py", *argv], code)
+        except RunFinished as said:
+            if process.is_main:
+                print(said)
+            return
         finished = run.train_loop()
         if finished:
             run.finish()

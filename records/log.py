@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 import shlex
@@ -149,6 +150,9 @@ LINE_FORMATS = {
 }
 
 
+LOG_FILES = ("log.txt", "metrics.jsonl")
+
+
 def log_line(step: int, steps: int | None, seconds: float, task: str = "", **numbers: float) -> str:
     """One line of numbers, those of LINE_FORMATS in its order. task: `task:mnli run:1/5 `, of finetuner.py."""
     numbers["train_time"] = 1000 * seconds
@@ -203,6 +207,17 @@ class RunLog:
         text, _ = split_code(Path(self.file.name).read_text(encoding="utf-8"))
         digest = hashlib.sha256(text.encode()).hexdigest()
         self.section("result", json.dumps({**result, "log_sha256": digest}))
+
+
+def cut_log(run: Path) -> None:
+    """Moves a run's log to its abandoned/, behind what lies there."""
+    for name in LOG_FILES:
+        path = run / name
+        if path.exists() and path.stat().st_size:
+            (run / "abandoned").mkdir(exist_ok=True)
+            with open(run / "abandoned" / name, "ab") as file:
+                file.write(path.read_bytes())
+            os.truncate(path, 0)
 
 
 def environment(device: torch.device, world_size: int) -> dict:
