@@ -757,7 +757,8 @@ class Run:
         self.build_model()
         self.restore()
         self.steps, self.log = None if self.train.max_minutes is not None else self.train.steps, None
-        process.on_main(self.open_log)
+        if not process.on_main(self.open_log):
+            self.validated_step = -1  # a new log says it again
 
     # --- set-up
 
@@ -839,6 +840,7 @@ class Run:
         """Progress, from the checkpoint if there is one, and the loader that goes on from there."""
         process = self.process
         self.step, self.clock, self.work, self.loader_state = 0, Clock(process.device), Work(), None
+        self.val_loss, self.validated_step = None, -1
         shape = {name: value for name, value in self.config.to_dict().items() if name != "transformers_version"}
         self.identity = {
             "model": shape,
@@ -869,6 +871,7 @@ class Run:
         self.optimizer.load_state_dict(load_file(self.checkpoint / "optimizer.safetensors"))
         self.step, self.clock.seconds, self.loader_state = state["step"], state["seconds"], state["loader"]
         self.work = Work(**state["work"])
+        self.val_loss, self.validated_step = state["val_loss"], state["validated_step"]
 
     def loader_of(self, split: str, process: Process, **more) -> Loader:
         size, longest = self.row_tokens, self.data.max_length
@@ -887,21 +890,31 @@ class Run:
             "model": {field.name: getattr(self.config, field.name) for field in option_fields(KBERTConfig)},
         }
 
-    def open_log(self) -> None:
-        """On rank 0, which alone has one. What the folder holds of after the checkpoint is moved aside first."""
+    def open_log(self) -> bool:
+        """On rank 0, which alone has one; returns whether it continues one. What is newer than that goes aside."""
         train, process = self.train, self.process
         for path in set_aside_later(self.folder, self.step if self.checkpoint else -1):
             print(f"going on from step {self.step}: a later checkpoint is set aside as {path}")
-        if not self.checkpoint:
-            cut_log(self.folder)
-        self.peak = peak_flops(process.device) * process.world_size
+        continues = cut_log(self.folder, self.saved["log"] if self.checkpoint else {})
+        if self.checkpoint and not continues:
+            print(f"the log is not as {self.checkpoint} knows it: set aside in {self.folder / 'abandoned'}")
+        # That of the log's head, if it stands: measured twice, it would not be the same
+        self.peak = self.saved["peak_flops"] if continues else peak_flops(process.device) * process.world_size
         run = self.wandb and self.wandb.init(project=train.wandb_project, name=self.folder.name, config=self.resolved())
         self.log = RunLog(self.folder, self.steps, self.step, run)
         alone = Process(0, 1, torch.device("cpu"))
         self.validation = describe_validation(self.directory, self.manifest, self.validation_loader("valid", alone))
+        if not continues:
+            self.write_head()
+        elif is_due(self.step, train.save_every):  # what the checkpoint's own line was, before it was cut
+            self.log.section("saved", str(self.checkpoint))
         if self.checkpoint:
             self.log.section("resumed", self.checkpoint.name, echo=True)
-            return
+        return continues
+
+    def write_head(self) -> None:
+        """config.yaml, and what the log says before its first line."""
+        process = self.process
         repeat = self.resolved()
         for name in ("run_name", "resume", "start_afresh"):
             del repeat["train"][name]
@@ -939,15 +952,16 @@ class Run:
             progress = self.progress(seconds)
             self.window = local_window(progress, train, self.config.local_attention_window)
             finished = progress >= 1
-            validates = not stopped and is_due(self.step, train.valid_every) or finished
-            saves = stopped or is_due(self.step, train.save_every) and self.step > self.resumed_step
-            if finished or stopped or validates or saves:
+            validation_due = finished or is_due(self.step, train.valid_every)
+            save_due = is_due(self.step, train.save_every)
+            if validation_due or save_due:
                 self.clock.stop()
                 self.write_losses()
-            if validates:
-                self.val_loss = self.validate(self.valid_loader)
+            if validation_due and self.step > self.validated_step and (finished or not stopped):
+                self.val_loss, self.validated_step = self.validate(self.valid_loader), self.step
                 self.write_line(val_loss=self.val_loss)
-            if saves:
+            if (save_due or stopped) and self.step > self.resumed_step:
+                self.clock.stop()
                 self.save(push=not stopped)
             if finished or stopped:
                 break
@@ -1051,6 +1065,10 @@ class Run:
             "seconds": self.clock.seconds,
             "work": dataclasses.asdict(self.work),
             "loader": self.loader_state,
+            "val_loss": self.val_loss,
+            "validated_step": self.validated_step,
+            "log": self.log.ends(),
+            "peak_flops": self.peak,
             "identity": self.identity,
             "config": self.resolved(),
         }

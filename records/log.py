@@ -171,8 +171,8 @@ class RunLog:
 
     def __init__(self, directory: Path, steps: int | None = None, initial: int = 0, wandb_run=None):
         """steps: of the whole run, None where the clock ends it or where a run has several parts."""
-        self.file = open(directory / "log.txt", "a", encoding="utf-8")
-        self.metrics = open(directory / "metrics.jsonl", "a", encoding="utf-8")
+        self.directory = directory
+        self.file, self.metrics = (open(directory / name, "a", encoding="utf-8") for name in LOG_FILES)
         self.bar = tqdm(total=steps, initial=initial, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self.wandb_run = wandb_run
 
@@ -202,6 +202,12 @@ class RunLog:
         if self.wandb_run is not None:
             self.wandb_run.log({name: value for name, value in metrics.items() if name != "step"}, step=metrics["step"])
 
+    def ends(self) -> dict[str, list]:
+        """How long each file is, with its hash: where cut_log finds back to. Flushed to disk, as a checkpoint is."""
+        for file in (self.file, self.metrics):
+            os.fsync(file.fileno())
+        return {name: end_of(self.directory.joinpath(name).read_bytes()) for name in LOG_FILES}
+
     def close(self, result: dict) -> None:
         """The result, with a hash over all that stands before it, where of the code the hashes stand: edits show."""
         text, _ = split_code(Path(self.file.name).read_text(encoding="utf-8"))
@@ -209,15 +215,27 @@ class RunLog:
         self.section("result", json.dumps({**result, "log_sha256": digest}))
 
 
-def cut_log(run: Path) -> None:
-    """Moves a run's log to its abandoned/, behind what lies there."""
-    for name in LOG_FILES:
-        path = run / name
-        if path.exists() and path.stat().st_size:
+def cut_log(run: Path, ends: dict[str, list]) -> bool:
+    """Cuts a run's log back to where it stood; what follows is moved to abandoned/, behind what lies there.
+
+    ends: RunLog.ends() of then. {} cuts all, as does a log that began otherwise then. Returns whether any is left.
+    """
+    found = {name: path.read_bytes() if (path := run / name).exists() else b"" for name in LOG_FILES}
+    begins = bool(ends) and all(ends[name] == end_of(found[name][: ends[name][0]]) for name in LOG_FILES)
+    for name, content in found.items():
+        kept = ends[name][0] if begins else 0
+        if len(content) > kept:
             (run / "abandoned").mkdir(exist_ok=True)
             with open(run / "abandoned" / name, "ab") as file:
-                file.write(path.read_bytes())
-            os.truncate(path, 0)
+                file.write(content[kept:])
+                file.flush()
+                os.fsync(file.fileno())
+            os.truncate(run / name, kept)
+    return begins
+
+
+def end_of(content: bytes) -> list:
+    return [len(content), hashlib.sha256(content).hexdigest()]
 
 
 def environment(device: torch.device, world_size: int) -> dict:

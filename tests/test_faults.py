@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 from conftest import flags, lines, losses
 from dataloading import InputError
-from trainer import main
+from records.log import read_log
+from records.verify import check_run
+from trainer import Run, main
 
 SHORT = "--train.steps 6 --train.valid_every 3 --train.save_every 2 --train.batch_tokens 512 --train.resume auto"
 
@@ -64,6 +69,74 @@ def test_a_finished_run_is_left_as_it_is(corpus, whole, capsys):
     go_on(corpus, whole)
     assert "is finished" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+
+
+# --- one log
+
+
+def story(run: Path) -> tuple[str, list[dict], dict]:
+    """Log, metrics and result, without what differs between two runs of the same settings: time and place."""
+    text, result = (run / "log.txt").read_text().split("=== run\n")[1].split("=== result\n")
+    text = re.sub(r"=== resumed\n.*\n", "", re.sub(r"/\S+/run\b", "RUN", text))
+    text = re.sub(r" train_time:\S+ step_avg:\S+| mfu:\S+|, compiled in .*", "", text)
+    metrics, result = (run / "metrics.jsonl").read_text().splitlines(), json.loads(result)
+    timed = ("seconds", "mfu", "data_wait_seconds", "run", "log_sha256")
+    without_times = [{k: v for k, v in json.loads(line).items() if k not in timed} for line in metrics]
+    return text, without_times, {k: v for k, v in result.items() if k not in timed}
+
+
+def test_the_log_of_a_resumed_run_is_that_of_one_never_stopped(corpus, whole, killed):
+    shutil.rmtree(killed / "checkpoints" / "step-000006")
+    for name in ("log.txt", "metrics.jsonl"):  # a kill cuts lines in half
+        content = (killed / name).read_bytes()
+        (killed / name).write_bytes(content[:-20])
+    go_on(corpus, killed)
+    assert story(killed) == story(whole)
+    assert (killed / "log.txt").read_text().count("\n=== resumed\nstep-000004\n") == 1
+    assert "step:5/6" in (killed / "abandoned" / "log.txt").read_text()
+    found = list(check_run(read_log(killed)))
+    assert ["a resumed run" in said for said in found] == [True], found
+
+
+def interrupt(monkeypatch, step: int, number: int) -> None:
+    """The signal comes in this step."""
+    train_step = Run.train_step
+
+    def interrupted(self, progress):
+        train_step(self, progress)
+        if self.step == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Run, "train_step", interrupted)
+
+
+@pytest.fixture(scope="module")
+def seldom(corpus, tmp_path_factory) -> Path:
+    """`whole`, with one line of training losses, and those of validations and checkpoints."""
+    out = tmp_path_factory.mktemp("seldom")
+    main(flags(corpus, out, "run", SHORT, "--train.log_every 6"))
+    return out / "run"
+
+
+@pytest.mark.parametrize("step", [3, 4, 5])  # where only a validation, only a checkpoint and nothing at all is due
+def test_the_log_of_an_interrupted_run_is_that_of_one_never_stopped(corpus, seldom, tmp_path, monkeypatch, step):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt(patch, step, signal.SIGTERM)
+        go_on(corpus, run, "--train.log_every 6")
+    assert max((run / "checkpoints").iterdir()).name == f"step-00000{step}"
+    go_on(corpus, run, "--train.log_every 6")
+    assert story(run) == story(seldom)
+    assert_same_model(run, seldom)
+
+
+def test_a_log_that_is_not_the_checkpoint_s_is_set_aside(corpus, whole, killed, capsys):
+    (killed / "log.txt").write_text("lost\n")
+    go_on(corpus, killed)
+    assert "set aside in" in capsys.readouterr().out
+    assert (killed / "abandoned" / "log.txt").read_text() == "lost\n"
+    log = read_log(killed)
+    assert "resumed" in log.sections and log.named("result", "val_loss") == read_log(whole).named("result", "val_loss")
 
 
 # --- damaged checkpoints
