@@ -28,7 +28,6 @@ import shutil
 import signal
 import sys
 import sysconfig
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -399,6 +398,24 @@ def choose_cuda(device: str) -> bool:
             "driver, install a torch built for it, or train on the CPU with --train.device cpu"
         )
     return False
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C ask the run to stop: their numbers, as they come. A second Ctrl-C ends it at once."""
+    came: list[int] = []
+
+    def note(number: int, _) -> None:
+        came.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def keep_freed_memory() -> None:
@@ -943,12 +960,18 @@ class Run:
     # --- training
 
     def train_loop(self) -> bool:
-        """Trains to the end, or until SIGTERM, which saves first. Returns whether the run is finished."""
-        train, interrupted = self.train, threading.Event()
-        previous_handler = signal.signal(signal.SIGTERM, lambda *_: interrupted.set())
+        """Trains to the end, or until a signal, upon which it saves first. Returns whether the run is finished."""
+        with stop_signals() as came:
+            finished = self.train_until(came)
+        self.rows.close()
+        return finished
+
+    def train_until(self, came: list[int]) -> bool:
+        """came: signals to stop."""
+        train = self.train
         self.rows, self.data_wait, self.unread = iter(self.loader), 0.0, []
         while True:
-            seconds, stopped = self.process.max(self.clock.now(), interrupted.is_set())  # one decision for all ranks
+            seconds, stopped = self.process.max(self.clock.now(), max(came, default=0))  # one decision for all ranks
             progress = self.progress(seconds)
             self.window = local_window(progress, train, self.config.local_attention_window)
             finished = progress >= 1
@@ -964,7 +987,8 @@ class Run:
                 self.clock.stop()
                 self.save(push=not stopped)
             if finished or stopped:
-                break
+                self.stopped_by = stopped
+                return bool(finished)
             self.clock.start()
             self.train_step(progress)
             if self.step % train.log_every == 0:
@@ -972,9 +996,6 @@ class Run:
                     torch.cuda.synchronize()  # the clock must not run ahead of the GPU
                 self.clock.stop()
                 self.write_losses()
-        self.rows.close()
-        signal.signal(signal.SIGTERM, previous_handler)
-        return bool(finished)
 
     def progress(self, seconds: float) -> float:
         if self.train.max_minutes is not None:
@@ -1230,6 +1251,8 @@ def main(argv: list[str] | None = None) -> None:
         if finished:
             run.finish()
     run.report(finished)
+    if run.stopped_by == signal.SIGINT:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
@@ -1237,3 +1260,6 @@ if __name__ == "__main__":
         main()
     except InputError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # outside of training, where there is nothing to save
+        print("stopped; start again with --train.resume auto", file=sys.stderr, flush=True)
+        os._exit(130)  # uploads and loaders would keep it waiting

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import flags, lines, losses
+from conftest import flags, lines, losses, run_python
 from dataloading import InputError
 from records.log import read_log
 from records.verify import check_run
@@ -137,6 +137,25 @@ def test_a_log_that_is_not_the_checkpoint_s_is_set_aside(corpus, whole, killed, 
     assert (killed / "abandoned" / "log.txt").read_text() == "lost\n"
     log = read_log(killed)
     assert "resumed" in log.sections and log.named("result", "val_loss") == read_log(whole).named("result", "val_loss")
+
+
+def test_ctrl_c_saves_once_and_says_so(corpus, whole, tmp_path, monkeypatch, capsys):
+    run, handler = tmp_path / "run", signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        interrupt(patch, 3, signal.SIGINT)
+        go_on(corpus, run)
+    assert end.value.code == 130 and signal.getsignal(signal.SIGINT) == handler
+    assert capsys.readouterr().out.endswith("\nstopped at step 3; continue with --train.resume auto\n")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+    go_on(corpus, run)
+    assert_same_model(run, whole)
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    code = "import os, signal, trainer\nwith trainer.stop_signals() as came:\n"
+    code += "    for _ in range(2): os.kill(os.getpid(), signal.SIGINT); print(came, flush=True)"
+    ended = run_python("-c", code)
+    assert ended.returncode == -signal.SIGINT and ended.stdout == "[2]\n" and ended.stderr == ""
 
 
 # --- damaged checkpoints
