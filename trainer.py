@@ -82,6 +82,7 @@ class DataConfig:
     valid_tokens: PositiveInt = option(
         10_000_000, "tokens of text in the validation set, and at the end in that of test"
     )
+    verify: bool = option(True, "check each shard against its hash in the manifest when it is first opened")
 
 
 @dataclass
@@ -786,7 +787,13 @@ class Run:
         if (self.directory / "tokenizer").exists():
             from transformers import AutoTokenizer
 
-            self.tokenizer = AutoTokenizer.from_pretrained(self.directory / "tokenizer")
+            try:
+                self.tokenizer = AutoTokenizer.from_pretrained(self.directory / "tokenizer")
+            except Exception as error:  # whatever transformers makes of a file that is damaged
+                said = f"{type(error).__name__}: {first_line(error)}"
+                raise InputError(
+                    f"{self.directory / 'tokenizer'} is not a tokenizer ({said}): build or download the data again"
+                ) from error
 
     def open_folder(self) -> None:
         """Where the run lives, which checkpoint it continues, and where else it reports to."""
@@ -892,7 +899,8 @@ class Run:
 
     def loader_of(self, split: str, process: Process, **more) -> Loader:
         size, longest = self.row_tokens, self.data.max_length
-        return Loader(self.directory, self.manifest, split, size, longest, **vars(process), **more)
+        more |= {"verify": self.data.verify, **vars(process)}
+        return Loader(self.directory, self.manifest, split, size, longest, **more)
 
     def validation_loader(self, split: str, process: Process) -> Loader:
         """The first valid_tokens of a split, in the order on disk."""

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+import dataloading
 from conftest import flags, lines, losses, run_python
-from dataloading import InputError
+from dataloading import HEADER_BYTES, InputError, Loader, read_manifest, read_shard, sha256_of
 from records.log import read_log
 from records.verify import check_run
-from trainer import Run, main
+from trainer import Run, damage_of, find_checkpoint, main
 
 SHORT = "--train.steps 6 --train.valid_every 3 --train.save_every 2 --train.batch_tokens 512 --train.resume auto"
 
@@ -199,8 +200,6 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name, damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_checkpoint_is_found(killed, capsys, name, damage):
-    from trainer import find_checkpoint
-
     newest = killed / "checkpoints" / "step-000006"
     damage(newest / name)
     assert find_checkpoint("auto", killed.parent, "run").name == "step-000004"
@@ -227,3 +226,89 @@ def test_without_a_whole_checkpoint_a_run_starts_afresh_only_if_told_to(corpus, 
     go_on(corpus, killed, "--train.start_afresh true")
     assert "starting afresh" in capsys.readouterr().out and steps_set_aside(killed) == [2, 4, 6]
     assert_same_model(killed, whole)
+
+
+# --- damaged data
+
+
+@pytest.fixture
+def data(corpus, tmp_path) -> Path:
+    return shutil.copytree(corpus, tmp_path / "data")
+
+
+SHARD = "test_train_000000.bin"
+
+
+def in_mid_run(monkeypatch, damage) -> None:
+    """The damage is done when the rows of the first steps are built."""
+    train_step = Run.train_step
+
+    def damaged(self, progress):
+        if self.step == 2:
+            damage()
+        train_step(self, progress)
+
+    monkeypatch.setattr(Run, "train_step", damaged)
+
+
+def set_token(path: Path, token: int, at: int = 40) -> None:
+    with open(path, "rb+") as file:
+        file.seek(HEADER_BYTES + 2 * at)
+        file.write(int(token).to_bytes(2, "little"))
+
+
+def test_a_shard_cut_while_it_is_read_is_named(data, tmp_path, monkeypatch):
+    in_mid_run(monkeypatch, lambda: os.truncate(data / SHARD, HEADER_BYTES + 100))
+    with pytest.raises(InputError, match=f"{SHARD} shrank from .* to 1,124 bytes"):
+        go_on(data, tmp_path / "run", "--train.steps 100")
+    assert damage_of(tmp_path / "run/checkpoints/step-000002") is None
+
+
+def test_a_token_beyond_the_vocabulary_in_mid_run_is_named(data, tmp_path, monkeypatch):
+    tokens = len(read_shard(data / SHARD))
+    in_mid_run(monkeypatch, lambda: [set_token(data / SHARD, 9999, at) for at in range(tokens)])
+    with pytest.raises(InputError, match=f"{SHARD} holds token id 9999, beyond the vocabulary of 64"):
+        go_on(data, tmp_path / "run", "--train.steps 100")
+
+
+def test_a_changed_token_within_the_vocabulary_is_found(data, tmp_path):
+    tokens = read_shard(data / SHARD)
+    set_token(data / SHARD, 5 + (int(tokens[40]) + 1) % 50)
+    with pytest.raises(InputError, match=f"{SHARD} is not what manifest.json names .*--data.verify false"):
+        go_on(data, tmp_path / "run")
+    go_on(data, tmp_path / "taken", "--data.verify false")
+
+
+def test_every_shard_is_verified_once_also_in_the_background(data, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(dataloading, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
+    loader = Loader(data, read_manifest(data), "valid", 256, 100, seed=None)
+    assert [len(list(loader)) > 5 for _ in range(2)] == [True, True] and hashed == ["test_valid_000000.bin"]
+    loader, names = Loader(data, read_manifest(data), "train", 256, 100, seed=1), set()
+    rows = iter(loader)
+    while len(names) < 2:
+        names = set(hashed) - {"test_valid_000000.bin"}
+        next(rows)
+    for _ in range(500):
+        next(rows)
+    assert sorted(hashed) == [SHARD, "test_train_000001.bin", "test_valid_000000.bin"]
+
+
+def test_shards_of_windows_that_a_checkpoint_holds_are_verified(data):
+    rows = iter(Loader(data, read_manifest(data), "train", 256, 100, seed=1))
+    state = next(rows).state
+    rows.close()
+    assert {window[0] for window in state["pool"]} == {0, 1} and state["shard"] == 2  # no shard is left to open
+    set_token(data / SHARD, 5 + (int(read_shard(data / SHARD)[40]) + 1) % 50)
+    with pytest.raises(InputError, match="is not what manifest.json names"):
+        Loader(data, read_manifest(data), "train", 256, 100, seed=1, state=state)
+
+
+def test_a_tokenizer_that_is_not_json_is_one_sentence(data, word_tokenizer, tmp_path):
+    shutil.copytree(word_tokenizer, data / "tokenizer")
+    (data / "tokenizer" / "tokenizer_config.json").write_text("{")
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = sha256_of(data / "tokenizer" / "tokenizer.json")
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="data/tokenizer is not a tokenizer"):
+        go_on(data, tmp_path / "run")
