@@ -50,7 +50,7 @@ def first_line(error: Exception) -> str:
 
 def read_shard(path: Path) -> np.ndarray:
     """Memory-maps a shard: [number of tokens] uint16. Raises InputError when magic, version or size are wrong."""
-    size = path.stat().st_size if path.exists() else 0
+    size = path.stat().st_size if path.is_file() else 0
     if size < HEADER_BYTES:
         raise InputError(f"{path} is missing or shorter than a shard's header: build or download it again")
     magic, version, num_tokens = (int(x) for x in np.fromfile(path, dtype="<i4", count=3))
@@ -100,10 +100,11 @@ def read_manifest(directory: Path) -> dict:
             f"or pack your own text with `python data/pack_fineweb_edu.py --out {directory} ...`"
         )
     try:
-        manifest = json.loads(path.read_text())
-        shards, vocab_size = manifest["shards"], manifest["tokenizer"]["vocab_size"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        check_manifest(manifest)
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a manifest ({error!r}): delete it and build the data again") from error
+    shards, vocab_size = manifest["shards"], manifest["tokenizer"]["vocab_size"]
     if vocab_size > MAX_VOCAB_SIZE:
         raise InputError(
             f"{path}: a vocabulary of {vocab_size:,} does not fit in uint16 shards: "
@@ -121,6 +122,24 @@ def read_manifest(directory: Path) -> dict:
                 "build or download it again"
             )
     return manifest
+
+
+def check_manifest(manifest: dict) -> None:
+    """What read_manifest describes. Raises ValueError, or what reading something else raises."""
+    specials = manifest["tokenizer"]
+    ids = [specials[name] for name in ("cls", "sep", "pad", "mask")]
+    counts = [specials["vocab_size"], *ids, *(entry["tokens"] for entry in manifest["shards"].values())]
+    if any(type(count) is not int or count < 0 for count in counts):
+        raise ValueError("a number that is none")
+    if max(ids) >= specials["vocab_size"]:
+        raise ValueError("a special token beyond the vocabulary")
+    words = [specials["sha256"]]
+    for name, entry in manifest["shards"].items():
+        words += [entry["split"], entry["sha256"]]
+        if Path(name).name != name or name == ".." or "\0" in name or len(name.encode()) > 255:
+            raise ValueError(f"{name[:40]!r} is not the name of a file in this folder")
+    if not all(isinstance(word, str) for word in words) or not isinstance(manifest["source"], dict):
+        raise ValueError("a text or a source that is none")
 
 
 def write_manifest(directory: Path, manifest: dict) -> None:

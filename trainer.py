@@ -232,7 +232,10 @@ def parse_flags(parser: Parser, argv: list[str], named: dict[str, dict[str, dict
     named: {"preset": PRESETS} has --preset micro set what PRESETS["micro"] says, {"train.steps": 400, ...}; later flags
     of `named` override earlier ones, and single settings override both. Unknown flags and values end the program.
     """
-    given = parser.parse_args([text for text in argv if not text.startswith("--print_config")], defaults=False)
+    try:
+        given = parser.parse_args([text for text in argv if not text.startswith("--print_config")], defaults=False)
+    except UnicodeDecodeError as error:
+        parser.error(f"--config: {error}")
     for flag, choices in named.items():
         parser.set_defaults(choices[given.get(flag) or parser.get_default(flag)])
     settings = plain(parser.parse_args(argv).as_dict())

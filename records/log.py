@@ -8,6 +8,7 @@ logs; verify.py, leaderboard.py and plot.py read them. This file imports none of
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -264,7 +265,7 @@ def environment(device: torch.device, world_size: int) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # The code that ran, byte for byte: every module under a header with its sha256 and number of lines
 
-CODE_HEADER = re.compile(r"^--- (?P<name>\S+) sha256:(?P<sha256>[0-9a-f]{64})(?: lines:(?P<lines>\d+))?$")
+CODE_HEADER = re.compile(r"^--- (?P<name>\S+) sha256:(?P<sha256>[0-9a-f]{64})(?: lines:(?P<lines>\d{1,9}))?$")
 
 
 def read_code(names: Sequence[str]) -> dict[str, str]:
@@ -283,7 +284,7 @@ def split_code(text: str) -> tuple[str, dict[str, str]]:
     for line in lines:
         if (header := CODE_HEADER.match(line)) and header["lines"]:
             line = line.removesuffix(f" lines:{header['lines']}")
-            code[header["name"]] = "".join(f"{next(lines, '')}\n" for _ in range(int(header["lines"])))
+            code[header["name"]] = "".join(f"{line}\n" for line in itertools.islice(lines, int(header["lines"])))
         kept.append(line)
     return "\n".join(kept), code
 
@@ -352,7 +353,10 @@ def read_log(path: Path) -> Log:
     path = path / "log.txt" if path.is_dir() else path
     if not path.exists():
         raise InputError(f"{path} is not there: give the folder of a run, such as logs/RUN")
-    text, code = split_code(path.read_bytes().decode())
+    try:
+        text, code = split_code(path.read_bytes().decode())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not text ({error}): it is damaged, or not a log") from error
     log = Log(path, text, code)
     title, lines, lines_of_code = None, text.split("\n"), 0
     for index, line in enumerate(lines):
@@ -371,11 +375,14 @@ def read_log(path: Path) -> Log:
         elif line.startswith(("step:", "task:")):
             if not (match := LOG_LINE.match(line)):
                 raise InputError(f"{path}:{number}: not a line of a log: {line[:80]!r}")
-            log.lines.append(read_line(number, match))
+            try:
+                log.lines.append(read_line(number, match))
+            except ValueError as error:  # thousands of digits
+                raise InputError(f"{path}:{number}: not a line of a log ({error})") from error
         elif title in JSON_SECTIONS and line:
             try:
                 log.sections[title] = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}:{number}: section {title!r} is not JSON ({error})") from error
         elif title is not None and line and isinstance(log.sections[title], str):
             log.sections[title] += line + "\n"
