@@ -50,7 +50,7 @@ def first_line(error: Exception) -> str:
 
 def read_shard(path: Path) -> np.ndarray:
     """Memory-maps a shard: [number of tokens] uint16. Raises InputError when magic, version or size are wrong."""
-    size = path.stat().st_size if path.exists() else 0
+    size = path.stat().st_size if path.is_file() else 0
     if size < HEADER_BYTES:
         raise InputError(f"{path} is missing or shorter than a shard's header: build or download it again")
     magic, version, num_tokens = (int(x) for x in np.fromfile(path, dtype="<i4", count=3))
@@ -100,10 +100,11 @@ def read_manifest(directory: Path) -> dict:
             f"or pack your own text with `python data/pack_fineweb_edu.py --out {directory} ...`"
         )
     try:
-        manifest = json.loads(path.read_text())
-        shards, vocab_size = manifest["shards"], manifest["tokenizer"]["vocab_size"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        check_manifest(manifest)
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a manifest ({error!r}): delete it and build the data again") from error
+    shards, vocab_size = manifest["shards"], manifest["tokenizer"]["vocab_size"]
     if vocab_size > MAX_VOCAB_SIZE:
         raise InputError(
             f"{path}: a vocabulary of {vocab_size:,} does not fit in uint16 shards: "
@@ -121,6 +122,24 @@ def read_manifest(directory: Path) -> dict:
                 "build or download it again"
             )
     return manifest
+
+
+def check_manifest(manifest: dict) -> None:
+    """What read_manifest describes. Raises ValueError, or what reading something else raises."""
+    specials = manifest["tokenizer"]
+    ids = [specials[name] for name in ("cls", "sep", "pad", "mask")]
+    counts = [specials["vocab_size"], *ids, *(entry["tokens"] for entry in manifest["shards"].values())]
+    if any(type(count) is not int or count < 0 for count in counts):
+        raise ValueError("a number that is none")
+    if max(ids) >= specials["vocab_size"]:
+        raise ValueError("a special token beyond the vocabulary")
+    words = [specials["sha256"]]
+    for name, entry in manifest["shards"].items():
+        words += [entry["split"], entry["sha256"]]
+        if Path(name).name != name or name == ".." or "\0" in name or len(name.encode()) > 255:
+            raise ValueError(f"{name[:40]!r} is not the name of a file in this folder")
+    if not all(isinstance(word, str) for word in words) or not isinstance(manifest["source"], dict):
+        raise ValueError("a text or a source that is none")
 
 
 def write_manifest(directory: Path, manifest: dict) -> None:
@@ -158,6 +177,16 @@ def find_windows(tokens: np.ndarray, max_length: int, cls: int, sep: int) -> tup
     return start[document] + low, high - low
 
 
+def check_size(path: Path, tokens: np.ndarray) -> None:
+    """Before mapped tokens are read: beyond the end of their file is a bus error, and the process gone.
+
+    What is cut off, or cannot be read from disk, between this look and the reading still ends so.
+    """
+    size, mapped = path.stat().st_size if path.exists() else 0, HEADER_BYTES + 2 * len(tokens)
+    if size < mapped:
+        raise InputError(f"{path} shrank from {mapped:,} to {size:,} bytes while in use: build or download it again")
+
+
 def check_vocabulary(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     largest = max((int(tokens[lo : lo + SCAN_TOKENS].max()) for lo in range(0, len(tokens), SCAN_TOKENS)), default=0)
     if largest >= vocab_size:
@@ -181,8 +210,21 @@ class RowStream:
     `state` is the position after the last row: plain ints, independent of the number of ranks.
     """
 
-    def __init__(self, shards: list[Path], specials: dict, row_tokens, max_length, seed, max_tokens=None, state=None):
-        """seed None: one epoch in the order on disk, up to max_tokens of text. Otherwise: endless epochs, shuffled."""
+    def __init__(
+        self,
+        shards: list[Path],
+        specials: dict,
+        row_tokens: int,
+        max_length: int,
+        seed: int | None,
+        max_tokens: int | None = None,
+        state: dict | None = None,
+        unverified: dict[Path, str] | None = None,
+    ):
+        """seed None: one epoch in the order on disk, up to max_tokens of text. Otherwise: endless epochs, shuffled.
+
+        unverified: sha256 of shards, each checked, and taken out, when its shard is first opened.
+        """
         if max_length > row_tokens:
             raise InputError(
                 f"max_length {max_length} is longer than a row of {row_tokens} tokens: "
@@ -195,9 +237,12 @@ class RowStream:
         self.shards, self.specials = shards, specials
         self.row_tokens, self.max_length, self.seed, self.text_left = row_tokens, max_length, seed, max_tokens
         self.tokens = [read_shard(path) for path in shards]
+        self.unverified = {} if unverified is None else unverified
         self.checked: set[int] = set()
         state = state or {"epoch": 0, "shard": 0, "cursor": 0, "pool": []}
         self.epoch, self.shard, self.cursor = state["epoch"], state["shard"], state["cursor"]
+        for shard in {window[0] for window in state["pool"]}:
+            self._check(shard)
         self._start_pool([tuple(window) for window in state["pool"]])
         self._start_epoch()
 
@@ -220,9 +265,7 @@ class RowStream:
             return
         shard = self.order[self.shard]
         tokens = self.tokens[shard]
-        if shard not in self.checked:
-            check_vocabulary(self.shards[shard], tokens, self.specials["vocab_size"])
-            self.checked.add(shard)
+        self._check(shard)
         start, length = find_windows(tokens, self.max_length, self.specials["cls"], self.specials["sep"])
         if self.seed is not None:
             order = np.random.default_rng([self.seed, self.epoch, shard]).permutation(len(start))
@@ -232,6 +275,21 @@ class RowStream:
             start, length = start[keep], length[keep]
             self.text_left -= int(length.sum())
         self.windows = list(zip([shard] * len(start), start.tolist(), length.tolist()))
+
+    def _check(self, shard: int) -> None:
+        path, tokens = self.shards[shard], self.tokens[shard]
+        check_size(path, tokens)
+        if shard in self.checked:
+            return
+        if path in self.unverified:
+            if sha256_of(path) != self.unverified[path]:
+                raise InputError(
+                    f"{path} is not what manifest.json names (sha256): delete it and build or download it again, "
+                    "or take it as it is with --data.verify false"
+                )
+            del self.unverified[path]
+        check_vocabulary(path, tokens, self.specials["vocab_size"])
+        self.checked.add(shard)
 
     # The pool: windows drawn and not yet placed, in the order drawn and by length.
 
@@ -351,7 +409,9 @@ class Loader:
         max_tokens: int | None = None,
         state: dict | None = None,
         rows_ahead: int = 16,
+        verify: bool = True,
     ):
+        """verify: whether a shard that is first opened is checked against its hash in the manifest."""
         shards = [directory / name for name, entry in manifest["shards"].items() if entry["split"] == split]
         if not shards:
             raise InputError(
@@ -361,7 +421,10 @@ class Loader:
         self.specials, self.row_tokens, self.rows_ahead = manifest["tokenizer"], row_tokens, rows_ahead
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.first_index = state["index"] if state else 0
-        self.new_stream = lambda: RowStream(shards, self.specials, row_tokens, max_length, seed, max_tokens, state)
+        hashes = {directory / name: entry["sha256"] for name, entry in manifest["shards"].items()}
+        unverified = hashes if verify else {}  # one for all streams, so that each shard is checked once
+        stream = shards, self.specials, row_tokens, max_length, seed, max_tokens, state, unverified
+        self.new_stream = lambda: RowStream(*stream)
         # Now, so that what cannot be fed is said here, and the first shard scanned before a clock runs.
         self.first_stream: RowStream | None = self.new_stream()
         self.shard_starts = np.cumsum([0] + [len(tokens) for tokens in self.first_stream.tokens])
@@ -379,11 +442,13 @@ class Loader:
             if not any(rounds):
                 return
             state = {"index": index + self.world_size, **stream.state}
-            yield self._build(index + self.rank, rounds, stream.tokens, state)
+            yield self._build(index + self.rank, rounds, stream, state)
             index += self.world_size
 
-    def _build(self, index: int, rounds: list[list], tokens: list[np.ndarray], state: dict) -> Row:
-        windows, size = rounds[self.rank], self.row_tokens
+    def _build(self, index: int, rounds: list[list], stream: RowStream, state: dict) -> Row:
+        windows, size, tokens = rounds[self.rank], self.row_tokens, stream.tokens
+        for shard in {shard for shard, _, _ in windows}:
+            check_size(stream.shards[shard], tokens[shard])
         input_ids = np.full(size, self.specials["pad"], dtype=np.int32)
         offsets = np.full(size, -1, dtype=np.int64)
         at = 0
@@ -394,6 +459,11 @@ class Loader:
             first = self.shard_starts[shard] + start
             offsets[at + 1 : at + 1 + length] = np.arange(first, first + length)
             at += length + 2
+        if input_ids.max() >= self.specials["vocab_size"]:  # changed since its shard was opened
+            for shard, start, length in windows:
+                check_vocabulary(
+                    stream.shards[shard], tokens[shard][start : start + length], self.specials["vocab_size"]
+                )
         lengths = np.array([length + 2 for _, _, length in windows] + [size - at], dtype=np.int64)
         document_ids = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         positions = np.arange(size, dtype=np.int32) - np.repeat(np.cumsum(lengths) - lengths, lengths).astype(np.int32)

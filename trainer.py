@@ -28,7 +28,6 @@ import shutil
 import signal
 import sys
 import sysconfig
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -61,7 +60,7 @@ from dataloading import (
 from model import PRESETS as MODEL_PRESETS
 from model import KBERTConfig, KBERTForMaskedLM, compiled_backend, option, pack_slots
 from optimizer import POLAR_EXPRESS, Optimizer
-from records.log import MASKED_LAST_LAYER, Clock, RunLog, Work, environment, log_line, peak_flops, read_code
+from records.log import MASKED_LAST_LAYER, Clock, RunLog, Work, cut_log, environment, log_line, peak_flops, read_code
 from records.plot import draw_curves
 
 ROOT = Path(__file__).resolve().parent
@@ -83,6 +82,7 @@ class DataConfig:
     valid_tokens: PositiveInt = option(
         10_000_000, "tokens of text in the validation set, and at the end in that of test"
     )
+    verify: bool = option(True, "check each shard against its hash in the manifest when it is first opened")
 
 
 @dataclass
@@ -125,6 +125,7 @@ class TrainConfig:
     save_every: NonNegativeInt = option(0, "steps between checkpoints; 0: none but that of an interruption")
     keep_checkpoints: PositiveInt = option(2, "checkpoints that stay on disk")
     resume: str | None = option(None, "a checkpoint's folder, or auto: the newest of run_name or of any unfinished run")
+    start_afresh: bool = option(False, "with resume auto: where every checkpoint of the run is damaged, start it again")
     out: str = option("logs", "folder of runs")
     run_name: str | None = option(None, "folder of this run within out; none: date and time")
     declared_runs: PositiveInt | None = option(
@@ -231,7 +232,10 @@ def parse_flags(parser: Parser, argv: list[str], named: dict[str, dict[str, dict
     named: {"preset": PRESETS} has --preset micro set what PRESETS["micro"] says, {"train.steps": 400, ...}; later flags
     of `named` override earlier ones, and single settings override both. Unknown flags and values end the program.
     """
-    given = parser.parse_args([text for text in argv if not text.startswith("--print_config")], defaults=False)
+    try:
+        given = parser.parse_args([text for text in argv if not text.startswith("--print_config")], defaults=False)
+    except UnicodeDecodeError as error:
+        parser.error(f"--config: {error}")
     for flag, choices in named.items():
         parser.set_defaults(choices[given.get(flag) or parser.get_default(flag)])
     settings = plain(parser.parse_args(argv).as_dict())
@@ -400,6 +404,24 @@ def choose_cuda(device: str) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C ask the run to stop: their numbers, as they come. A second Ctrl-C ends it at once."""
+    came: list[int] = []
+
+    def note(number: int, _) -> None:
+        came.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def keep_freed_memory() -> None:
     """Has glibc keep what a step frees: to give it back and fetch it anew, page by page, costs much of a CPU's step."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
@@ -491,6 +513,7 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
     write(temporary)
     for path in temporary.rglob("*"):
         if path.is_file():
+            path.chmod(0o644)  # safetensors writes for the owner alone
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
     shutil.rmtree(folder, ignore_errors=True)
@@ -512,28 +535,70 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted(run.glob("checkpoints/step-*[0-9]"), key=checkpoint_step)
 
 
-def find_checkpoint(resume: str, out: Path, run_name: str | None) -> Path | None:
-    """The folder to resume from. auto: None when there is nothing to resume."""
+def write_hashes(folder: Path) -> None:
+    """SHA256SUMS, of all files in a folder; `sha256sum -c` reads it too."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = [f"{sha256_of(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    (folder / "SHA256SUMS").write_text("".join(hashes), encoding="utf-8")
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by the hashes that it carries; None where nothing is."""
+    try:
+        text = (checkpoint / "SHA256SUMS").read_text(encoding="utf-8")
+        hashes = {name: digest for digest, name in (line.split("  ", 1) for line in text.splitlines())}
+        for name in {"state.json", "model.safetensors", "optimizer.safetensors", *hashes}:
+            if sha256_of(checkpoint / name) != hashes[name]:
+                return f"{name} is not as it was written"
+    except OSError as error:
+        return f"{Path(error.filename).name} cannot be read: {error.strerror}"
+    except (KeyError, ValueError):
+        return "SHA256SUMS is not as it was written"
+    return None
+
+
+def is_finished(run: Path) -> bool:
+    """Whether it has its model, and its log the result, which is written last."""
+    log = run / "log.txt"
+    return (run / "model").exists() and log.exists() and b"\n=== result\n" in log.read_bytes()
+
+
+def find_checkpoint(resume: str, out: Path, run_name: str | None, start_afresh: bool = False) -> Path | None:
+    """The folder to resume from. auto: the newest that is whole, None when there is nothing to resume."""
     if resume != "auto":
-        if not (Path(resume) / "state.json").exists():
+        if wrong := damage_of(Path(resume)):
             raise InputError(
-                f"--train.resume {resume} is not a checkpoint: give a folder logs/RUN/checkpoints/step-NNNNNN, or auto"
+                f"--train.resume {resume} is not a checkpoint that is whole ({wrong}): "
+                "give another folder logs/RUN/checkpoints/step-NNNNNN, or auto"
             )
         return Path(resume)
-    runs = [out / run_name] if run_name else [run for run in out.glob("*") if not (run / "model").exists()]
+    runs = [out / run_name] if run_name else [run for run in out.glob("*") if not is_finished(run)]
     newest = max((run for run in runs if checkpoints_of(run)), key=lambda run: run.stat().st_mtime, default=None)
-    return newest and checkpoints_of(newest)[-1]
+    for checkpoint in reversed(checkpoints_of(newest) if newest else []):
+        wrong = damage_of(checkpoint)
+        if not wrong:
+            return checkpoint
+        print(f"{checkpoint} is damaged: {wrong}")
+    if newest and not start_afresh:
+        raise InputError(
+            f"no checkpoint of {newest} is whole: --train.start_afresh true sets them aside and starts the run again"
+        )
+    return None
 
 
-def set_aside_later(checkpoint: Path) -> list[Path]:
-    """Moves the checkpoints ahead of the one resumed to abandoned/, where nothing resumes or deletes them."""
-    run, moved = checkpoint.parent.parent, []
+def set_aside_later(run: Path, step: int) -> list[Path]:
+    """Moves the checkpoints after `step` to abandoned/, where nothing resumes or deletes them."""
+    aside, moved = run / "abandoned", []
     for path in checkpoints_of(run):
-        if checkpoint_step(path) > checkpoint_step(checkpoint):
-            (run / "abandoned").mkdir(exist_ok=True)
-            taken = len(list((run / "abandoned").glob(f"{path.name}*")))
-            moved.append(path.rename(run / "abandoned" / (f"{path.name}-{taken}" if taken else path.name)))
+        if checkpoint_step(path) > step:
+            aside.mkdir(exist_ok=True)
+            taken = len(list(aside.glob(f"{path.name}*")))
+            moved.append(path.rename(aside / (f"{path.name}-{taken}" if taken else path.name)))
     return moved
+
+
+class RunFinished(InputError):
+    """There is nothing left to do."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -712,7 +777,9 @@ class Run:
         self.open_folder()
         self.build_model()
         self.restore()
-        self.open_log()
+        self.steps, self.log = None if self.train.max_minutes is not None else self.train.steps, None
+        if not process.on_main(self.open_log):
+            self.validated_step = -1  # a new log says it again
 
     # --- set-up
 
@@ -723,7 +790,13 @@ class Run:
         if (self.directory / "tokenizer").exists():
             from transformers import AutoTokenizer
 
-            self.tokenizer = AutoTokenizer.from_pretrained(self.directory / "tokenizer")
+            try:
+                self.tokenizer = AutoTokenizer.from_pretrained(self.directory / "tokenizer")
+            except Exception as error:  # whatever transformers makes of a file that is damaged
+                said = f"{type(error).__name__}: {first_line(error)}"
+                raise InputError(
+                    f"{self.directory / 'tokenizer'} is not a tokenizer ({said}): build or download the data again"
+                ) from error
 
     def open_folder(self) -> None:
         """Where the run lives, which checkpoint it continues, and where else it reports to."""
@@ -744,17 +817,21 @@ class Run:
     def claim_folder(self) -> tuple[Path | None, Path, dict | None]:
         """The checkpoint to resume, the run's folder, and what the checkpoint's state.json says."""
         train, out = self.train, Path(self.train.out)
-        checkpoint = find_checkpoint(train.resume, out, train.run_name) if train.resume else None
         folder = out / (train.run_name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{self.preset}")
+        if train.resume == "auto" and is_finished(folder):
+            raise RunFinished(f"{folder} is finished: to train on, give --train.resume one of its checkpoints")
+        checkpoint = None
+        if train.resume:
+            checkpoint = find_checkpoint(train.resume, out, train.run_name, train.start_afresh)
         if checkpoint:
             folder = checkpoint.parent.parent
-            for path in set_aside_later(checkpoint):
-                print(f"resuming from {checkpoint.name}: a later checkpoint is set aside as {path}")
         elif (folder / "log.txt").exists() and (folder / "log.txt").stat().st_size > 0:
-            raise InputError(
-                f"{folder} holds a run already: choose another --train.run_name, "
-                "or continue it with --train.resume auto"
-            )
+            if train.resume != "auto":
+                raise InputError(
+                    f"{folder} holds a run already: choose another --train.run_name, "
+                    "or continue it with --train.resume auto"
+                )
+            print(f"{folder} has no checkpoint to resume: starting afresh; its log goes to {folder / 'abandoned'}")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "log.txt").touch()  # says now, not in an hour, that this place cannot be written
         return checkpoint, folder, json.loads((checkpoint / "state.json").read_text()) if checkpoint else None
@@ -790,6 +867,7 @@ class Run:
         """Progress, from the checkpoint if there is one, and the loader that goes on from there."""
         process = self.process
         self.step, self.clock, self.work, self.loader_state = 0, Clock(process.device), Work(), None
+        self.val_loss, self.validated_step = None, -1
         shape = {name: value for name, value in self.config.to_dict().items() if name != "transformers_version"}
         self.identity = {
             "model": shape,
@@ -820,10 +898,12 @@ class Run:
         self.optimizer.load_state_dict(load_file(self.checkpoint / "optimizer.safetensors"))
         self.step, self.clock.seconds, self.loader_state = state["step"], state["seconds"], state["loader"]
         self.work = Work(**state["work"])
+        self.val_loss, self.validated_step = state["val_loss"], state["validated_step"]
 
     def loader_of(self, split: str, process: Process, **more) -> Loader:
         size, longest = self.row_tokens, self.data.max_length
-        return Loader(self.directory, self.manifest, split, size, longest, **vars(process), **more)
+        more |= {"verify": self.data.verify, **vars(process)}
+        return Loader(self.directory, self.manifest, split, size, longest, **more)
 
     def validation_loader(self, split: str, process: Process) -> Loader:
         """The first valid_tokens of a split, in the order on disk."""
@@ -838,22 +918,33 @@ class Run:
             "model": {field.name: getattr(self.config, field.name) for field in option_fields(KBERTConfig)},
         }
 
-    def open_log(self) -> None:
+    def open_log(self) -> bool:
+        """On rank 0, which alone has one; returns whether it continues one. What is newer than that goes aside."""
         train, process = self.train, self.process
-        self.steps = None if train.max_minutes is not None else train.steps
-        self.peak = peak_flops(process.device) * process.world_size
-        self.log = None
-        if not process.is_main:
-            return
+        for path in set_aside_later(self.folder, self.step if self.checkpoint else -1):
+            print(f"going on from step {self.step}: a later checkpoint is set aside as {path}")
+        continues = cut_log(self.folder, self.saved["log"] if self.checkpoint else {})
+        if self.checkpoint and not continues:
+            print(f"the log is not as {self.checkpoint} knows it: set aside in {self.folder / 'abandoned'}")
+        # That of the log's head, if it stands: measured twice, it would not be the same
+        self.peak = self.saved["peak_flops"] if continues else peak_flops(process.device) * process.world_size
         run = self.wandb and self.wandb.init(project=train.wandb_project, name=self.folder.name, config=self.resolved())
         self.log = RunLog(self.folder, self.steps, self.step, run)
         alone = Process(0, 1, torch.device("cpu"))
         self.validation = describe_validation(self.directory, self.manifest, self.validation_loader("valid", alone))
+        if not continues:
+            self.write_head()
+        elif is_due(self.step, train.save_every):  # what the checkpoint's own line was, before it was cut
+            self.log.section("saved", str(self.checkpoint))
         if self.checkpoint:
             self.log.section("resumed", self.checkpoint.name, echo=True)
-            return
+        return continues
+
+    def write_head(self) -> None:
+        """config.yaml, and what the log says before its first line."""
+        process = self.process
         repeat = self.resolved()
-        for name in ("run_name", "resume"):
+        for name in ("run_name", "resume", "start_afresh"):
             del repeat["train"][name]
         write_settings(self.folder, repeat)
         measured = {"peak_flops": self.peak, "compiled": self.compiled}
@@ -880,27 +971,35 @@ class Run:
     # --- training
 
     def train_loop(self) -> bool:
-        """Trains to the end, or until SIGTERM, which saves first. Returns whether the run is finished."""
-        train, interrupted = self.train, threading.Event()
-        previous_handler = signal.signal(signal.SIGTERM, lambda *_: interrupted.set())
+        """Trains to the end, or until a signal, upon which it saves first. Returns whether the run is finished."""
+        with stop_signals() as came:
+            finished = self.train_until(came)
+        self.rows.close()
+        return finished
+
+    def train_until(self, came: list[int]) -> bool:
+        """came: signals to stop."""
+        train = self.train
         self.rows, self.data_wait, self.unread = iter(self.loader), 0.0, []
         while True:
-            seconds, stopped = self.process.max(self.clock.now(), interrupted.is_set())  # one decision for all ranks
+            seconds, stopped = self.process.max(self.clock.now(), max(came, default=0))  # one decision for all ranks
             progress = self.progress(seconds)
             self.window = local_window(progress, train, self.config.local_attention_window)
             finished = progress >= 1
-            validates = not stopped and is_due(self.step, train.valid_every) or finished
-            saves = stopped or is_due(self.step, train.save_every) and self.step > self.resumed_step
-            if finished or stopped or validates or saves:
+            validation_due = finished or is_due(self.step, train.valid_every)
+            save_due = is_due(self.step, train.save_every)
+            if validation_due or save_due:
                 self.clock.stop()
                 self.write_losses()
-            if validates:
-                self.val_loss = self.validate(self.valid_loader)
+            if validation_due and self.step > self.validated_step and (finished or not stopped):
+                self.val_loss, self.validated_step = self.validate(self.valid_loader), self.step
                 self.write_line(val_loss=self.val_loss)
-            if saves:
+            if (save_due or stopped) and self.step > self.resumed_step:
+                self.clock.stop()
                 self.save(push=not stopped)
             if finished or stopped:
-                break
+                self.stopped_by = stopped
+                return bool(finished)
             self.clock.start()
             self.train_step(progress)
             if self.step % train.log_every == 0:
@@ -908,9 +1007,6 @@ class Run:
                     torch.cuda.synchronize()  # the clock must not run ahead of the GPU
                 self.clock.stop()
                 self.write_losses()
-        self.rows.close()
-        signal.signal(signal.SIGTERM, previous_handler)
-        return bool(finished)
 
     def progress(self, seconds: float) -> float:
         if self.train.max_minutes is not None:
@@ -1001,6 +1097,10 @@ class Run:
             "seconds": self.clock.seconds,
             "work": dataclasses.asdict(self.work),
             "loader": self.loader_state,
+            "val_loss": self.val_loss,
+            "validated_step": self.validated_step,
+            "log": self.log.ends(),
+            "peak_flops": self.peak,
             "identity": self.identity,
             "config": self.resolved(),
         }
@@ -1009,6 +1109,7 @@ class Run:
             save_model(into, self.model, self.tokenizer)
             save_file(optimizer_state, into / "optimizer.safetensors")
             (into / "state.json").write_text(json.dumps(state))
+            write_hashes(into)
 
         folder = self.folder / "checkpoints" / f"step-{self.step:06d}"
         save_folder(folder, write)
@@ -1151,11 +1252,18 @@ def main(argv: list[str] | None = None) -> None:
     settings, _ = parse_flags(parser, argv, {"preset": PRESETS})
     train = settings["train"]
     with join_processes(train["device"], train["timeout_minutes"]) as process:
-        run = Run(process, settings, ["trainer.py", *argv], code)
+        try:
+            run = Run(process, settings, ["trainer.py", *argv], code)
+        except RunFinished as said:
+            if process.is_main:
+                print(said)
+            return
         finished = run.train_loop()
         if finished:
             run.finish()
     run.report(finished)
+    if run.stopped_by == signal.SIGINT:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
@@ -1163,3 +1271,6 @@ if __name__ == "__main__":
         main()
     except InputError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # outside of training, where there is nothing to save
+        print("stopped; start again with --train.resume auto", file=sys.stderr, flush=True)
+        os._exit(130)  # uploads and loaders would keep it waiting

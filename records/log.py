@@ -8,7 +8,9 @@ logs; verify.py, leaderboard.py and plot.py read them. This file imports none of
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 import platform
 import re
 import shlex
@@ -149,6 +151,9 @@ LINE_FORMATS = {
 }
 
 
+LOG_FILES = ("log.txt", "metrics.jsonl")
+
+
 def log_line(step: int, steps: int | None, seconds: float, task: str = "", **numbers: float) -> str:
     """One line of numbers, those of LINE_FORMATS in its order. task: `task:mnli run:1/5 `, of finetuner.py."""
     numbers["train_time"] = 1000 * seconds
@@ -167,8 +172,8 @@ class RunLog:
 
     def __init__(self, directory: Path, steps: int | None = None, initial: int = 0, wandb_run=None):
         """steps: of the whole run, None where the clock ends it or where a run has several parts."""
-        self.file = open(directory / "log.txt", "a", encoding="utf-8")
-        self.metrics = open(directory / "metrics.jsonl", "a", encoding="utf-8")
+        self.directory = directory
+        self.file, self.metrics = (open(directory / name, "a", encoding="utf-8") for name in LOG_FILES)
         self.bar = tqdm(total=steps, initial=initial, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self.wandb_run = wandb_run
 
@@ -198,11 +203,40 @@ class RunLog:
         if self.wandb_run is not None:
             self.wandb_run.log({name: value for name, value in metrics.items() if name != "step"}, step=metrics["step"])
 
+    def ends(self) -> dict[str, list]:
+        """How long each file is, with its hash: where cut_log finds back to. Flushed to disk, as a checkpoint is."""
+        for file in (self.file, self.metrics):
+            os.fsync(file.fileno())
+        return {name: end_of(self.directory.joinpath(name).read_bytes()) for name in LOG_FILES}
+
     def close(self, result: dict) -> None:
         """The result, with a hash over all that stands before it, where of the code the hashes stand: edits show."""
         text, _ = split_code(Path(self.file.name).read_text(encoding="utf-8"))
         digest = hashlib.sha256(text.encode()).hexdigest()
         self.section("result", json.dumps({**result, "log_sha256": digest}))
+
+
+def cut_log(run: Path, ends: dict[str, list]) -> bool:
+    """Cuts a run's log back to where it stood; what follows is moved to abandoned/, behind what lies there.
+
+    ends: RunLog.ends() of then. {} cuts all, as does a log that began otherwise then. Returns whether any is left.
+    """
+    found = {name: path.read_bytes() if (path := run / name).exists() else b"" for name in LOG_FILES}
+    begins = bool(ends) and all(ends[name] == end_of(found[name][: ends[name][0]]) for name in LOG_FILES)
+    for name, content in found.items():
+        kept = ends[name][0] if begins else 0
+        if len(content) > kept:
+            (run / "abandoned").mkdir(exist_ok=True)
+            with open(run / "abandoned" / name, "ab") as file:
+                file.write(content[kept:])
+                file.flush()
+                os.fsync(file.fileno())
+            os.truncate(run / name, kept)
+    return begins
+
+
+def end_of(content: bytes) -> list:
+    return [len(content), hashlib.sha256(content).hexdigest()]
 
 
 def environment(device: torch.device, world_size: int) -> dict:
@@ -231,7 +265,7 @@ def environment(device: torch.device, world_size: int) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # The code that ran, byte for byte: every module under a header with its sha256 and number of lines
 
-CODE_HEADER = re.compile(r"^--- (?P<name>\S+) sha256:(?P<sha256>[0-9a-f]{64})(?: lines:(?P<lines>\d+))?$")
+CODE_HEADER = re.compile(r"^--- (?P<name>\S+) sha256:(?P<sha256>[0-9a-f]{64})(?: lines:(?P<lines>\d{1,9}))?$")
 
 
 def read_code(names: Sequence[str]) -> dict[str, str]:
@@ -250,7 +284,7 @@ def split_code(text: str) -> tuple[str, dict[str, str]]:
     for line in lines:
         if (header := CODE_HEADER.match(line)) and header["lines"]:
             line = line.removesuffix(f" lines:{header['lines']}")
-            code[header["name"]] = "".join(f"{next(lines, '')}\n" for _ in range(int(header["lines"])))
+            code[header["name"]] = "".join(f"{line}\n" for line in itertools.islice(lines, int(header["lines"])))
         kept.append(line)
     return "\n".join(kept), code
 
@@ -319,7 +353,10 @@ def read_log(path: Path) -> Log:
     path = path / "log.txt" if path.is_dir() else path
     if not path.exists():
         raise InputError(f"{path} is not there: give the folder of a run, such as logs/RUN")
-    text, code = split_code(path.read_bytes().decode())
+    try:
+        text, code = split_code(path.read_bytes().decode())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not text ({error}): it is damaged, or not a log") from error
     log = Log(path, text, code)
     title, lines, lines_of_code = None, text.split("\n"), 0
     for index, line in enumerate(lines):
@@ -338,11 +375,14 @@ def read_log(path: Path) -> Log:
         elif line.startswith(("step:", "task:")):
             if not (match := LOG_LINE.match(line)):
                 raise InputError(f"{path}:{number}: not a line of a log: {line[:80]!r}")
-            log.lines.append(read_line(number, match))
+            try:
+                log.lines.append(read_line(number, match))
+            except ValueError as error:  # thousands of digits
+                raise InputError(f"{path}:{number}: not a line of a log ({error})") from error
         elif title in JSON_SECTIONS and line:
             try:
                 log.sections[title] = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}:{number}: section {title!r} is not JSON ({error})") from error
         elif title is not None and line and isinstance(log.sections[title], str):
             log.sections[title] += line + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +209,17 @@ def losses(run: Path, kind: str) -> dict[int, float]:
 def metrics_of(run: Path, kind: str = "train_loss") -> list[dict]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [metrics for metrics in found if kind in metrics]
+
+
+def story(run: Path) -> tuple[str, list[dict], dict]:
+    """Log, metrics and result, without what differs between two runs of the same settings: time and place."""
+    text, result = (run / "log.txt").read_text().split("=== run\n")[1].split("=== result\n")
+    text = re.sub(r"=== resumed\n.*\n", "", re.sub(r"/\S+/run\b", "RUN", text))
+    text = re.sub(r" train_time:\S+ step_avg:\S+| mfu:\S+|, compiled in .*", "", text)
+    metrics, result = (run / "metrics.jsonl").read_text().splitlines(), json.loads(result)
+    timed = ("seconds", "mfu", "data_wait_seconds", "run", "log_sha256")
+    without_times = [{k: v for k, v in json.loads(line).items() if k not in timed} for line in metrics]
+    return text, without_times, {k: v for k, v in result.items() if k not in timed}
 
 
 # Training losses of a run of TINY on `corpus`. CPUs with and without AMX differ by 0.010.

@@ -348,15 +348,13 @@ def test_ranks_share_one_and_the_same_training(corpus, finished, tmp_path, ranks
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_same_weights_validate_to_the_same_loss_on_any_ranks(corpus, finished, tmp_path, ranks):
+    """Those of the last checkpoint, on the test set: what a log says of a validation is not asked again."""
     shutil.copytree(finished, tmp_path / "copy")
-    checkpoint = tmp_path / "copy" / "checkpoints" / "step-000010"
-    result = run_python(
-        "trainer.py",
-        *flags(corpus, tmp_path, "copy", "--train.resume", checkpoint, "--train.steps", 10),
-        processes=ranks,
-    )
+    checkpoint = tmp_path / "copy" / "checkpoints" / "step-000020"
+    result = run_python("trainer.py", *flags(corpus, tmp_path, "copy", "--train.resume", checkpoint), processes=ranks)
     assert result.returncode == 0, result.stderr
-    assert losses(tmp_path / "copy", "val_loss")[10] == pytest.approx(losses(finished, "val_loss")[10], abs=1e-4)
+    alone, together = (read_log(run).named("result", "test_loss") for run in (finished, tmp_path / "copy"))
+    assert together == pytest.approx(alone, abs=1e-4) and losses(tmp_path / "copy", "val_loss")[20]
 
 
 def test_a_resumed_run_is_bit_identical_to_one_never_stopped(corpus, finished, tmp_path):
@@ -381,7 +379,7 @@ def test_checkpoints_ahead_of_the_one_resumed_are_set_aside(corpus, finished, tm
     main(flags(corpus, tmp_path, "back", *back))
     assert sorted(path.name for path in saved.iterdir()) == ["step-000010", "step-000014"]
     aside = tmp_path / "back" / "abandoned"
-    assert sorted(path.name for path in aside.iterdir()) == ["step-000020", "step-000030"]
+    assert sorted(path.name for path in aside.glob("step-*")) == ["step-000020", "step-000030"]
     assert str(aside / "step-000020") in capsys.readouterr().out
     assert trainer.find_checkpoint("auto", tmp_path, "back").name == "step-000014"
 

@@ -1,0 +1,153 @@
+"""Kills runs of a small model at random, starts them again by the same command, and compares them with a whole one.
+
+python tests/soak.py --kills 100 --minutes 10
+
+Weights must be the same to the bit, and the log but for its times and the lines that say it was resumed. A run that
+ends otherwise is kept, named, and makes the exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from conftest import flags, sentences, story, write_documents
+from trainer import checkpoints_of, main
+
+MORE = "--train.resume auto --train.start_afresh true --train.save_every 3"
+SIGNALS = [signal.SIGKILL] * 8 + [signal.SIGTERM, signal.SIGINT]
+
+
+def start(data: Path, run: Path) -> int:
+    """The command in a process of its own, forked off so that torch need not be imported each time."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        with open(run.with_suffix(".out"), "ab", buffering=0) as out:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+        main(flags(data, run.parent, run.name, MORE))
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except KeyboardInterrupt:  # outside of training, as the script has it
+        code = 130
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def wait(process: int, seconds: float) -> int | None:
+    """Its exit code; None if it still runs after so many seconds."""
+    end = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.002)
+
+
+def moment(run: Path) -> str:
+    """Of the kill, by what it left."""
+    if (run / "model.tmp").exists():
+        return "while it wrote the model"
+    if list(run.glob("checkpoints/*.tmp")):
+        return "while it wrote a checkpoint"
+    if (run / "model").exists():
+        return "after it wrote the model"
+    if checkpoints_of(run):
+        return "behind a checkpoint"
+    return "before the first checkpoint"
+
+
+def damage(run: Path, dice: random.Random) -> None:
+    """Of the newest checkpoint: a file cut, emptied, deleted, or with a bit flipped."""
+    path = dice.choice([path for path in checkpoints_of(run)[-1].iterdir() if path.suffix in (".safetensors", ".json")])
+    content = bytearray(path.read_bytes())
+    how = dice.choice(["cut", "empty", "gone", "flipped"])
+    if how == "gone":
+        return path.unlink()
+    if how == "flipped":
+        content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+    path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "flipped": content}[how])
+
+
+def one_run(data: Path, run: Path, dice: random.Random, seconds: float) -> tuple[list[str], int | None]:
+    """Up to five kills, then left alone. Returns what was done, and the last exit code, None if it hangs."""
+    done = []
+    for _ in range(dice.randint(1, 5)):
+        process = start(data, run)
+        code = wait(process, dice.uniform(0, 1.1 * seconds))
+        if code is not None:
+            return done, code
+        number = dice.choice(SIGNALS)
+        os.kill(process, number)
+        code = wait(process, 60)
+        done.append(f"{number.name} {moment(run)}")
+        if code is None or number != signal.SIGKILL and code not in (0, 130, -number):
+            return done, code
+        if checkpoints_of(run) and dice.random() < 0.15 and not (run / "model").exists():
+            damage(run, dice)
+            done.append("the newest checkpoint damaged")
+    return done, wait(start(data, run), 120)
+
+
+def soak(kills: int, minutes: float, seed: int, folder: Path) -> bool:
+    dice, end = random.Random(seed), time.monotonic() + 60 * minutes
+    data = write_documents(
+        folder / "data", {"train": [sentences(1, 300), sentences(2, 200)], "valid": [sentences(3, 60)]}
+    )
+    started = time.monotonic()
+    whole = folder / "whole" / "run"
+    whole.parent.mkdir()
+    if wait(start(data, whole), 300) != 0:
+        raise RuntimeError(f"the run never stopped failed: {whole.with_suffix('.out')}")
+    seconds, weights = time.monotonic() - started, "model/model.safetensors"
+    tried, held, runs = collections.Counter(), collections.Counter(), 0
+    while sum(tried.values()) < kills and time.monotonic() < end:
+        run = folder / f"{runs:04d}" / "run"
+        run.parent.mkdir()
+        done, code = one_run(data, run, dice, seconds)
+        same = code == 0 and (run / weights).read_bytes() == (whole / weights).read_bytes()
+        same = same and story(run) == story(whole)
+        tried.update(done)
+        held.update(done if same else [])
+        runs += 1
+        if same:
+            shutil.rmtree(run.parent)
+        else:
+            print(f"not as one never stopped (exit code {code}): {run}; {', '.join(done)}")
+    print(f"{runs} runs of 20 steps on {os.cpu_count()} cores, seed {seed}\n")
+    print("| what was done | times | ended as a run never stopped |\n|---|---|---|")
+    for what, times in sorted(tried.items()):
+        print(f"| {what} | {times} | {held[what]} |")
+    print(f"| all | {tried.total()} | {held.total()} |")
+    return tried == held
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="faults at least, if time allows [100]")
+    parser.add_argument("--minutes", type=float, default=10, help="after which no further run is begun [10]")
+    parser.add_argument("--seed", type=int, default=1, help="of what is done when [1]")
+    arguments = parser.parse_args()
+    where = Path(tempfile.mkdtemp(prefix="soak-"))
+    if not soak(arguments.kills, arguments.minutes, arguments.seed, where):
+        sys.exit(1)
+    shutil.rmtree(where)

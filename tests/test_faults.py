@@ -1,0 +1,420 @@
+"""Nothing lost: killed at any moment or damaged anywhere, a run goes on by the same command, or says why not."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import dataloading
+from conftest import flags, lines, losses, run_python, story
+from dataloading import HEADER_BYTES, InputError, Loader, read_manifest, read_shard, sha256_of
+from model import KBERTConfig
+from records.log import read_log, with_header
+from records.verify import check_run
+from trainer import PRESETS, DataConfig, Run, TrainConfig, damage_of, find_checkpoint, main, make_parser, parse_flags
+
+SHORT = "--train.steps 6 --train.valid_every 3 --train.save_every 2 --train.batch_tokens 512 --train.resume auto"
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory) -> Path:
+    """A run of 6 steps never stopped, with checkpoints at 2, 4 and 6."""
+    out = tmp_path_factory.mktemp("whole")
+    main(flags(corpus, out, "run", SHORT))
+    return out / "run"
+
+
+@pytest.fixture
+def killed(whole, tmp_path) -> Path:
+    """The same, killed while it saved its model."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(run / "model")
+    log = run / "log.txt"
+    log.write_text(log.read_text().split("=== result\n")[0])
+    return run
+
+
+def go_on(corpus: Path, run: Path, *more: object) -> None:
+    main(flags(corpus, run.parent, run.name, SHORT, *more))
+
+
+def assert_same_model(run: Path, whole: Path) -> None:
+    assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+
+def steps_set_aside(run: Path) -> list[int]:
+    return sorted(int(path.name[5:11]) for path in (run / "abandoned").glob("step-*"))
+
+
+# --- killed
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_afresh(corpus, whole, killed, capsys):
+    shutil.rmtree(killed / "checkpoints")
+    before = (killed / "log.txt").read_text()
+    go_on(corpus, killed)
+    assert "has no checkpoint to resume: starting afresh" in capsys.readouterr().out
+    assert (killed / "abandoned" / "log.txt").read_text() == before
+    assert "=== resumed" not in (killed / "log.txt").read_text()
+    assert losses(killed, "train_loss") == losses(whole, "train_loss") and len(lines(killed)) == len(lines(whole))
+    assert_same_model(killed, whole)
+
+
+def test_a_finished_run_is_left_as_it_is(corpus, whole, capsys):
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    go_on(corpus, whole)
+    assert "is finished" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+
+
+# --- one log
+
+
+def test_the_log_of_a_resumed_run_is_that_of_one_never_stopped(corpus, whole, killed):
+    shutil.rmtree(killed / "checkpoints" / "step-000006")
+    for name in ("log.txt", "metrics.jsonl"):  # a kill cuts lines in half
+        content = (killed / name).read_bytes()
+        (killed / name).write_bytes(content[:-20])
+    go_on(corpus, killed)
+    assert story(killed) == story(whole)
+    assert (killed / "log.txt").read_text().count("\n=== resumed\nstep-000004\n") == 1
+    assert "step:5/6" in (killed / "abandoned" / "log.txt").read_text()
+    found = list(check_run(read_log(killed)))
+    assert ["a resumed run" in said for said in found] == [True], found
+
+
+def interrupt(monkeypatch, step: int, number: int) -> None:
+    """The signal comes in this step."""
+    train_step = Run.train_step
+
+    def interrupted(self, progress):
+        train_step(self, progress)
+        if self.step == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Run, "train_step", interrupted)
+
+
+@pytest.fixture(scope="module")
+def seldom(corpus, tmp_path_factory) -> Path:
+    """`whole`, with one line of training losses, and those of validations and checkpoints."""
+    out = tmp_path_factory.mktemp("seldom")
+    main(flags(corpus, out, "run", SHORT, "--train.log_every 6"))
+    return out / "run"
+
+
+@pytest.mark.parametrize("step", [3, 4, 5])  # where only a validation, only a checkpoint and nothing at all is due
+def test_the_log_of_an_interrupted_run_is_that_of_one_never_stopped(corpus, seldom, tmp_path, monkeypatch, step):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt(patch, step, signal.SIGTERM)
+        go_on(corpus, run, "--train.log_every 6")
+    assert max((run / "checkpoints").iterdir()).name == f"step-00000{step}"
+    go_on(corpus, run, "--train.log_every 6")
+    assert story(run) == story(seldom)
+    assert_same_model(run, seldom)
+
+
+def test_a_log_that_is_not_the_checkpoint_s_is_set_aside(corpus, whole, killed, capsys):
+    (killed / "log.txt").write_text("lost\n")
+    go_on(corpus, killed)
+    assert "set aside in" in capsys.readouterr().out
+    assert (killed / "abandoned" / "log.txt").read_text() == "lost\n"
+    log = read_log(killed)
+    assert "resumed" in log.sections and log.named("result", "val_loss") == read_log(whole).named("result", "val_loss")
+
+
+def test_ctrl_c_saves_once_and_says_so(corpus, whole, tmp_path, monkeypatch, capsys):
+    run, handler = tmp_path / "run", signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        interrupt(patch, 3, signal.SIGINT)
+        go_on(corpus, run)
+    assert end.value.code == 130 and signal.getsignal(signal.SIGINT) == handler
+    assert capsys.readouterr().out.endswith("\nstopped at step 3; continue with --train.resume auto\n")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+    go_on(corpus, run)
+    assert_same_model(run, whole)
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    code = "import os, signal, trainer\nwith trainer.stop_signals() as came:\n"
+    code += "    for _ in range(2): os.kill(os.getpid(), signal.SIGINT); print(came, flush=True)"
+    ended = run_python("-c", code)
+    assert ended.returncode == -signal.SIGINT and ended.stdout == "[2]\n" and ended.stderr == ""
+
+
+# --- damaged checkpoints
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) * 2 // 3] ^= 16
+    path.write_bytes(content)
+
+
+def drop_a_key(path: Path) -> None:
+    state = json.loads(path.read_text())
+    del state["loader"]
+    path.write_text(json.dumps(state))
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+DAMAGE = {
+    "model cut": ("model.safetensors", cut_in_half),
+    "model empty": ("model.safetensors", empty),
+    "optimizer cut": ("optimizer.safetensors", cut_in_half),
+    "optimizer gone": ("optimizer.safetensors", Path.unlink),
+    "optimizer flipped": ("optimizer.safetensors", flip_a_bit),
+    "state cut": ("state.json", cut_in_half),
+    "state empty": ("state.json", empty),
+    "state gone": ("state.json", Path.unlink),
+    "state without a key": ("state.json", drop_a_key),
+    "hashes cut": ("SHA256SUMS", cut_in_half),
+    "hashes gone": ("SHA256SUMS", Path.unlink),
+    "all gone": (".", lambda folder: [path.unlink() for path in folder.iterdir()]),
+}
+
+
+@pytest.mark.parametrize("name, damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_found(killed, capsys, name, damage):
+    newest = killed / "checkpoints" / "step-000006"
+    damage(newest / name)
+    assert find_checkpoint("auto", killed.parent, "run").name == "step-000004"
+    assert f"{newest} is damaged: " in capsys.readouterr().out
+    with pytest.raises(InputError, match="not a checkpoint that is whole"):
+        find_checkpoint(str(newest), killed.parent, "run")
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_ones(corpus, whole, killed):
+    for step, (name, damage) in ((6, DAMAGE["optimizer flipped"]), (4, DAMAGE["all gone"])):
+        damage(killed / "checkpoints" / f"step-00000{step}" / name)
+    go_on(corpus, killed)
+    assert steps_set_aside(killed) == [4, 6]
+    assert_same_model(killed, whole)
+
+
+def test_without_a_whole_checkpoint_a_run_starts_afresh_only_if_told_to(corpus, whole, killed, capsys):
+    for folder in (killed / "checkpoints").iterdir():
+        flip_a_bit(folder / "model.safetensors")
+    before = sorted(killed.rglob("*"))
+    with pytest.raises(InputError, match="--train.start_afresh true"):
+        go_on(corpus, killed)
+    assert sorted(killed.rglob("*")) == before
+    go_on(corpus, killed, "--train.start_afresh true")
+    assert "starting afresh" in capsys.readouterr().out and steps_set_aside(killed) == [2, 4, 6]
+    assert_same_model(killed, whole)
+
+
+# --- damaged data
+
+
+@pytest.fixture
+def data(corpus, tmp_path) -> Path:
+    return shutil.copytree(corpus, tmp_path / "data")
+
+
+SHARD = "test_train_000000.bin"
+
+
+def in_mid_run(monkeypatch, damage) -> None:
+    """The damage is done when the rows of the first steps are built."""
+    train_step = Run.train_step
+
+    def damaged(self, progress):
+        if self.step == 2:
+            damage()
+        train_step(self, progress)
+
+    monkeypatch.setattr(Run, "train_step", damaged)
+
+
+def set_token(path: Path, token: int, at: int = 40) -> None:
+    with open(path, "rb+") as file:
+        file.seek(HEADER_BYTES + 2 * at)
+        file.write(int(token).to_bytes(2, "little"))
+
+
+def test_a_shard_cut_while_it_is_read_is_named(data, tmp_path, monkeypatch):
+    in_mid_run(monkeypatch, lambda: os.truncate(data / SHARD, HEADER_BYTES + 100))
+    with pytest.raises(InputError, match=f"{SHARD} shrank from .* to 1,124 bytes"):
+        go_on(data, tmp_path / "run", "--train.steps 100")
+    assert damage_of(tmp_path / "run/checkpoints/step-000002") is None
+
+
+def test_a_token_beyond_the_vocabulary_in_mid_run_is_named(data, tmp_path, monkeypatch):
+    tokens = len(read_shard(data / SHARD))
+    in_mid_run(monkeypatch, lambda: [set_token(data / SHARD, 9999, at) for at in range(tokens)])
+    with pytest.raises(InputError, match=f"{SHARD} holds token id 9999, beyond the vocabulary of 64"):
+        go_on(data, tmp_path / "run", "--train.steps 100")
+
+
+def test_a_changed_token_within_the_vocabulary_is_found(data, tmp_path):
+    tokens = read_shard(data / SHARD)
+    set_token(data / SHARD, 5 + (int(tokens[40]) + 1) % 50)
+    with pytest.raises(InputError, match=f"{SHARD} is not what manifest.json names .*--data.verify false"):
+        go_on(data, tmp_path / "run")
+    go_on(data, tmp_path / "taken", "--data.verify false")
+
+
+def test_every_shard_is_verified_once_also_in_the_background(data, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(dataloading, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
+    loader = Loader(data, read_manifest(data), "valid", 256, 100, seed=None)
+    assert [len(list(loader)) > 5 for _ in range(2)] == [True, True] and hashed == ["test_valid_000000.bin"]
+    loader, names = Loader(data, read_manifest(data), "train", 256, 100, seed=1), set()
+    rows = iter(loader)
+    while len(names) < 2:
+        names = set(hashed) - {"test_valid_000000.bin"}
+        next(rows)
+    for _ in range(500):
+        next(rows)
+    assert sorted(hashed) == [SHARD, "test_train_000001.bin", "test_valid_000000.bin"]
+
+
+def test_shards_of_windows_that_a_checkpoint_holds_are_verified(data):
+    rows = iter(Loader(data, read_manifest(data), "train", 256, 100, seed=1))
+    state = next(rows).state
+    rows.close()
+    assert {window[0] for window in state["pool"]} == {0, 1} and state["shard"] == 2  # no shard is left to open
+    set_token(data / SHARD, 5 + (int(read_shard(data / SHARD)[40]) + 1) % 50)
+    with pytest.raises(InputError, match="is not what manifest.json names"):
+        Loader(data, read_manifest(data), "train", 256, 100, seed=1, state=state)
+
+
+def test_a_tokenizer_that_is_not_json_is_one_sentence(data, word_tokenizer, tmp_path):
+    shutil.copytree(word_tokenizer, data / "tokenizer")
+    (data / "tokenizer" / "tokenizer_config.json").write_text("{")
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = sha256_of(data / "tokenizer" / "tokenizer.json")
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="data/tokenizer is not a tokenizer"):
+        go_on(data, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["../outside.bin", "/tmp/outside.bin", "folder/inside.bin", ".."])
+def test_names_that_lead_outside_the_folder_are_refused(data, name):
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["shards"][name] = manifest["shards"][SHARD]
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="is not the name of a file in this folder"):
+        read_manifest(data)
+
+
+# --- fuzz: success or InputError, never another exception
+
+HYPOTHESIS = settings(
+    max_examples=int(os.environ.get("FUZZ_CASES", 150)), deadline=None, database=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+)
+
+
+@st.composite
+def damaged(draw, content: bytes) -> bytes:
+    """A file with up to three places overwritten, inserted or cut out."""
+    for _ in range(draw(st.integers(1, 3))):
+        at, length = draw(st.integers(0, len(content))), draw(st.integers(0, 40))
+        content = content[:at] + draw(st.binary(max_size=12)) + content[at + length :]
+    return content
+
+
+def places(value: object, path: tuple = ()) -> list[tuple]:
+    """Of all values within JSON, from the inside out."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [found for key, below in inner for found in places(below, (*path, key))] + [path] * bool(path)
+
+
+def use(data: Path) -> None:
+    """What a run does with its data before it trains, and a few rows; damage must be named."""
+    try:
+        manifest = read_manifest(data)
+        dataloading.data_hash(manifest)
+        for split in ("train", "valid"):
+            rows = iter(Loader(data, manifest, split, 256, 100, seed=1))
+            for _ in range(3):
+                next(rows)
+            rows.close()
+    except InputError:
+        pass
+
+
+@HYPOTHESIS
+@given(st.data())
+def test_any_manifest_is_used_or_refused(tmp_path_factory, corpus, draw):
+    data = tmp_path_factory.getbasetemp() / "fuzzed"
+    if not data.exists():
+        shutil.copytree(corpus, data)
+    content = (corpus / "manifest.json").read_bytes()
+    if draw.draw(st.booleans()):
+        content = draw.draw(damaged(content))
+    else:
+        manifest = json.loads(content)
+        *way, last = draw.draw(st.sampled_from(places(manifest)))
+        within = functools.reduce(lambda value, key: value[key], way, manifest)
+        within[last] = draw.draw(JSON)
+        content = json.dumps(manifest).encode()
+    (data / "manifest.json").write_bytes(content)
+    use(data)
+
+
+@HYPOTHESIS
+@given(st.data())
+def test_any_shard_is_used_or_refused(tmp_path_factory, corpus, draw):
+    data = tmp_path_factory.getbasetemp() / "fuzzed_shard"
+    if not data.exists():
+        shutil.copytree(corpus, data)
+    path, verified = data / SHARD, draw.draw(st.booleans())
+    path.write_bytes(draw.draw(damaged((corpus / SHARD).read_bytes())))
+    manifest = json.loads((corpus / "manifest.json").read_bytes())
+    if not verified:  # so that what is wrong within is met, too
+        manifest["shards"][SHARD] |= {"sha256": sha256_of(path), "tokens": (path.stat().st_size - HEADER_BYTES) // 2}
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    use(data)
+
+
+@HYPOTHESIS
+@given(st.data())
+def test_any_log_is_read_or_refused(tmp_path_factory, whole, draw):
+    path, text = tmp_path_factory.getbasetemp() / "fuzzed.txt", (whole / "log.txt").read_bytes()
+    head, tail = text.split(b"=== code\n")[0], text.split(b"=== run\n")[1]
+    path.write_bytes(draw.draw(damaged(head + b"=== code\n" + with_header("a.py", "a\nb\n").encode() + b"\n" + tail)))
+    try:
+        list(check_run(read_log(path)))
+    except InputError:
+        pass
+
+
+@pytest.fixture(scope="module")
+def parser():
+    made = make_parser("", {"data": DataConfig, "train": TrainConfig, "model": KBERTConfig})
+    made.add_argument("--preset", choices=list(PRESETS), default="base")
+    return made
+
+
+@settings(HYPOTHESIS, max_examples=HYPOTHESIS.max_examples // 5)  # the parser takes its time
+@given(st.data())
+def test_any_configuration_is_taken_or_refused(tmp_path_factory, whole, parser, draw):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
+    path.write_bytes(draw.draw(damaged((whole / "config.yaml").read_bytes())))
+    try:
+        parse_flags(parser, ["--config", str(path)], {"preset": PRESETS})
+    except SystemExit as end:
+        assert end.code == 2
