@@ -320,6 +320,9 @@ class Network:
         self.max_length, self.pad = base.max_length, base.tokenizer.pad_token_id
         usual = 16384 if device.type == "cuda" else 4096
         self.row_tokens = max(train.row_tokens or usual, -(-base.max_length // 128) * 128)
+        # As many logits as the vocabulary has entries for each masked token: of more, a CPU's memory is the bottleneck
+        most = 128 if device.type == "cpu" else 2048
+        self.row_examples = most if kind.head == "MaskedLM" else math.inf
         self.sizes = []
         if self.kbert:
             self.encode = model.encoder.encode
@@ -337,12 +340,12 @@ class Network:
             self.model.encoder.compute_dtype = torch.bfloat16 if mode else None
 
     def rows(self, lengths: np.ndarray, chosen: np.ndarray) -> list[np.ndarray]:
-        """Divides the examples `chosen` into rows of at most row_tokens, short ones together."""
+        """Divides the examples `chosen` into rows of at most row_tokens and row_examples, short ones together."""
         rows, size = [[]], 0
         for i in sorted(chosen, key=lambda i: (lengths[i], i)):
             # Padded, all are as long as the longest, which is this one
             size = size + lengths[i] if self.kbert else (len(rows[-1]) + 1) * lengths[i]
-            if size > self.row_tokens and rows[-1]:
+            if rows[-1] and (size > self.row_tokens or len(rows[-1]) == self.row_examples):
                 rows, size = [*rows, []], lengths[i]
             rows[-1].append(i)
         return [np.array(row) for row in rows if row]

@@ -80,6 +80,7 @@ def tabulate(name: str, rows, columns: list[str]) -> pd.DataFrame:
     for column in ("UID", "field"):
         if column in read:
             fresh[column] = read[column].fillna(fresh[column]).astype(str)
+    fresh["field"] = fresh["field"].str.replace("/", "_")  # BLiMP writes syntax/semantics both ways
     good, bad = (read[column].fillna("").astype(str) for column in columns)
     return fresh.assign(good=good, bad=bad)
 
