@@ -4,6 +4,7 @@
     one GPU            torchrun --standalone --nproc_per_node=1 finetuner.py --train.base_model USER/NAME
     eight GPUs, GLUE   torchrun --standalone --nproc_per_node=8 finetuner.py --task glue --protocol modernbert
     your own file      torchrun --standalone --nproc_per_node=1 finetuner.py --task custom --data.dataset reviews.csv
+    no training        torchrun --standalone --nproc_per_node=1 finetuner.py --task blimp --train.base_model DIR
 
 `--help` lists every setting with its unit. Without --train.base_model it starts from the newest pretraining run under
 logs/; any other encoder of `transformers` is measured the same way. A run leaves logs/RUN/ with model/ in Hugging Face
@@ -38,11 +39,19 @@ import transformers
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+from transformers.utils import ModelOutput
 
 from data.examples import MissingData, Split
 from data.tasks import GLUE, TASKS, Data, Kind, read_data
 from dataloading import InputError, first_line, sha256_of
-from model import KBERTConfig, KBERTForQuestionAnswering, KBERTForSequenceClassification, compiled_backend, option
+from model import (
+    KBERTConfig,
+    KBERTForMaskedLM,
+    KBERTForQuestionAnswering,
+    KBERTForSequenceClassification,
+    compiled_backend,
+    option,
+)
 from optimizer import Optimizer
 from records.log import Clock, RunLog, environment, log_line, read_code
 from records.plot import draw_curves
@@ -63,7 +72,8 @@ from trainer import (
     write_settings,
 )
 
-MODULES = (*TRAINER_MODULES, "finetuner.py", "data/examples.py", "data/squad.py", "data/tasks.py")  # what a log carries
+# What a log carries
+MODULES = (*TRAINER_MODULES, "finetuner.py", "data/examples.py", "data/squad.py", "data/blimp.py", "data/tasks.py")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -195,6 +205,7 @@ def grid_of(protocol: Protocol, task: str, given: set[str], train: FinetuneConfi
 HEADS = {  # of a kind of task, ours; those of other encoders are transformers' AutoModelFor...
     "SequenceClassification": KBERTForSequenceClassification,
     "QuestionAnswering": KBERTForQuestionAnswering,
+    "MaskedLM": KBERTForMaskedLM,
 }
 
 
@@ -263,11 +274,15 @@ def build_model(base: Base, kind: Kind, seed: int, random: bool = False, pooling
         config = AutoConfig.from_pretrained(base.name, **settings)
         cls = getattr(transformers, f"AutoModelFor{kind.head}")
         fresh = cls.from_config
-    return fresh(config) if random else load_pretrained(cls, base, config)
+    whole = "train" not in kind.required_splits
+    return fresh(config) if random else load_pretrained(cls, base, config, whole)
 
 
-def load_pretrained(cls: type, base: Base, config: PretrainedConfig) -> nn.Module:
-    """Raises InputError for an encoder of which a part would be fresh, without a word."""
+def load_pretrained(cls: type, base: Base, config: PretrainedConfig, whole: bool) -> nn.Module:
+    """Raises InputError for an encoder of which a part would be fresh, without a word.
+
+    whole: the head must be there too.
+    """
     how = {"ignore_mismatched_sizes": True, "dtype": torch.float32, "output_loading_info": True}
     try:
         model, loading = cls.from_pretrained(base.name, config=config, **how)
@@ -280,6 +295,12 @@ def load_pretrained(cls: type, base: Base, config: PretrainedConfig) -> nn.Modul
         raise InputError(
             f"{base.name} has no {missing[0]}: it was trained by another model.py; "
             "finetune it with the checkout that trained it"
+        )
+    fresh = [*sorted(loading["missing_keys"]), *(key for key, *_ in loading["mismatched_keys"])]
+    if whole and fresh:
+        raise InputError(
+            f"{base.name} has no {fresh[0]}, which {cls.__name__} needs, and this task trains nothing: "
+            "give --train.base_model a model that was pretrained with that head"
         )
     return model
 
@@ -313,11 +334,14 @@ class Network:
         self.max_length, self.pad = base.max_length, base.tokenizer.pad_token_id
         usual = 16384 if device.type == "cuda" else 4096
         self.row_tokens = max(train.row_tokens or usual, -(-base.max_length // 128) * 128)
+        # As many logits as the vocabulary has entries for each masked token: of more, a CPU's memory is the bottleneck
+        most = 128 if device.type == "cpu" else 2048
+        self.row_examples = most if kind.head == "MaskedLM" else math.inf
         self.sizes = []
         if self.kbert:
             self.encode = model.encoder.encode
             logits = {"SequenceClassification": self.text_logits, "QuestionAnswering": self.span_logits}
-            self.packed_logits = logits[kind.head]
+            self.packed_logits = {**logits, "MaskedLM": self.token_logits}[kind.head]
             # Rows differ in size: with FlexAttention, graphs are compiled for a few; without, it runs eagerly
             if train.compile and compiled_backend(device) == "flex":
                 self.sizes = [-(-self.row_tokens // (part * 128)) * 128 for part in (8, 4, 2, 1)]
@@ -330,18 +354,19 @@ class Network:
             self.model.encoder.compute_dtype = torch.bfloat16 if mode else None
 
     def rows(self, lengths: np.ndarray, chosen: np.ndarray) -> list[np.ndarray]:
-        """Divides the examples `chosen` into rows of at most row_tokens, short ones together."""
+        """Divides the examples `chosen` into rows of at most row_tokens and row_examples, short ones together."""
         rows, size = [[]], 0
         for i in sorted(chosen, key=lambda i: (lengths[i], i)):
             # Padded, all are as long as the longest, which is this one
             size = size + lengths[i] if self.kbert else (len(rows[-1]) + 1) * lengths[i]
-            if size > self.row_tokens and rows[-1]:
+            if rows[-1] and (size > self.row_tokens or len(rows[-1]) == self.row_examples):
                 rows, size = [*rows, []], lengths[i]
             rows[-1].append(i)
         return [np.array(row) for row in rows if row]
 
     def outputs(self, split: Split, row: np.ndarray, batch_index: np.ndarray, batch: int) -> Tensor:
-        """Logits of a row's examples: [n, C], or of spans, start and end [n, 2, S], -inf beyond an example's end.
+        """Logits of a row's examples: [n, C], or of spans, start and end [n, 2, S], -inf beyond an example's end, or of
+        masked tokens [n, V].
 
         batch_index [n]: where the row's examples stand among the B = `batch` of a step.
         """
@@ -360,8 +385,13 @@ class Network:
         input_ids, document_ids, positions = (torch.from_numpy(x).to(self.device) for x in arrays)
         # All states, also where only those of [CLS] count: a graph that picked them would be compiled anew for each
         # number of examples
-        bound = self.max_length if self.sizes else longest
-        hidden = self.encode(input_ids, document_ids, positions, bound)  # [T, d]
+        bound, wanted = self.max_length if self.sizes else longest, self.kind.wanted(split, row)
+        wanted = None if wanted is None else torch.from_numpy(starts + wanted).to(self.device)  # [n]
+        if self.sizes or wanted is None:
+            hidden = self.encode(input_ids, document_ids, positions, bound)  # [T, d]
+            hidden = hidden if wanted is None else hidden[wanted]
+        else:
+            hidden = self.encode(input_ids, document_ids, positions, bound, wanted=wanted)  # [n, d]
         places = (document_ids[:total].long(), positions[:total].long())
         return self.packed_logits(hidden, places, lengths, batch_index, batch)
 
@@ -390,6 +420,10 @@ class Network:
         logits = hidden.new_full((len(lengths), int(lengths.max()), 2), -torch.inf, dtype=torch.float32)
         return logits.index_put(places, both).transpose(1, 2)
 
+    def token_logits(self, hidden: Tensor, *_) -> Tensor:
+        """The states of masked tokens [n, d] -> [n, V]."""
+        return self.model.logits(hidden)
+
     def padded(self, split: Split, row: np.ndarray) -> Tensor:
         lengths = split.lengths[row]
         mask = np.arange(lengths.max()) < lengths[:, None]  # [n, S]
@@ -399,12 +433,26 @@ class Network:
             inputs["token_type_ids"] = np.zeros(mask.shape, dtype=np.int64)
             inputs["token_type_ids"][mask] = np.concatenate([split.of(split.segments, i) for i in row])
         inputs = {name: torch.from_numpy(value).to(self.device) for name, value in inputs.items()}
+        wanted = self.kind.wanted(split, row)
+        if wanted is not None:
+            return self.wanted_logits(inputs, torch.from_numpy(wanted).to(self.device))
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.model.training):
             out = self.model(**inputs)
         if "logits" in out:
             return out.logits.float()
         outside = torch.from_numpy(~mask).to(self.device)
         return torch.stack([out.start_logits, out.end_logits], dim=1).float().masked_fill(outside[:, None], -torch.inf)
+
+    def wanted_logits(self, inputs: dict[str, Tensor], wanted: Tensor) -> Tensor:
+        """inputs [n, S], one token wanted of each [n] -> [n, V]. The head, which may cost most, sees no other state."""
+
+        def pick(encoder: nn.Module, arguments: tuple, output: ModelOutput) -> ModelOutput:
+            hidden = output["last_hidden_state"]  # [n, S, d]
+            output["last_hidden_state"] = hidden[torch.arange(len(wanted), device=hidden.device), wanted][:, None]
+            return output
+
+        with self.model.base_model.register_forward_hook(pick):
+            return self.model(**inputs).logits[:, 0].float()
 
     def loss(self, split: Split, row: np.ndarray, batch_index: np.ndarray, batch: int) -> Tensor:
         """Of a row's examples, as their share of the mean over the step's batch."""
@@ -418,7 +466,7 @@ def predict(net: Network, split: Split, process: Process) -> list:
     net.train(False)
     found = []
     for row in net.rows(split.lengths, np.arange(len(split.ends)))[process.rank :: process.world_size]:
-        logits = net.outputs(split, row, np.arange(len(row)), len(row)).cpu().numpy()
+        logits = net.outputs(split, row, np.arange(len(row)), len(row))
         found += zip(row.tolist(), net.kind.keep(logits, split, row))
     if process.world_size > 1:
         every: list = [None] * process.world_size
@@ -437,6 +485,16 @@ def evaluate(net: Network, data: Data, splits: list[str], process: Process) -> t
         if found:
             metrics[name] = found
     return metrics, predictions
+
+
+def judge(net: Network, data: Data, process: Process) -> tuple[dict, dict]:
+    """A run of a task that trains nothing: returns what Training.run does."""
+    clock = Clock(process.device)
+    clock.start()
+    metrics, predictions = evaluate(net, data, data.labelled, process)
+    clock.stop()
+    said = {"score": dev_score(metrics, data), "best_step": 0, "steps": 0, "seconds": clock.seconds}
+    return {**said, "metrics": metrics}, predictions
 
 
 def dev_score(metrics: dict[str, dict], data: Data) -> float:
@@ -621,20 +679,25 @@ MODEL_CARD = """---
 ---
 # {{ title }}
 
+{% if settings -%}
 `{{ base }}` finetuned on {{ report.task }}. The weights are those of the run that scored best on `{{ report.dev }}`,
 with {{ settings }}.
+{% else -%}
+`{{ base }}` as it is, measured on {{ report.task }}.
+{% endif %}
 
 | from | split | metric | median | min | max | runs |
 |---|---|---|---|---|---|---|
 {% for start, split, metric, v in rows -%}
 | {{ start }} | {{ split }} | {{ metric }} | {{ "%.4f | %.4f | %.4f" % (v.median, v.min, v.max) }} | {{ v.n }} |
 {% endfor %}
+{%- if settings %}
 ```python
 from transformers import AutoModelFor{{ head }}
 
 model = AutoModelFor{{ head }}.from_pretrained("{{ title }}", trust_remote_code=True)
 ```
-"""
+{% endif %}"""
 
 
 class TaskRuns:
@@ -655,7 +718,7 @@ class TaskRuns:
         self.write_head(len(todo))
         self.done = self.process.on_main(self.read_done)
         for number, (start, cell) in enumerate(todo, 1):
-            settings = {name: getattr(cell, name) for name in RECORDED}
+            settings = {name: getattr(cell, name) for name in RECORDED} if self.data.trains else {}
             if not any((run["start"], run["settings"]) == (start, settings) for run in self.done):
                 self.train(start, cell, settings, f"task:{self.data.name} run:{number}/{len(todo)} ")
         predictions = self.predict_unlabelled()
@@ -665,7 +728,7 @@ class TaskRuns:
         if not self.log:
             return
         data, kind = self.data, self.data.kind
-        sizes = ", ".join(f"{split} {len(content.ends)}" for split, content in data.splits.items())
+        sizes = ", ".join(f"{split} {content.examples}" for split, content in data.splits.items())
         classes = f"; classes {', '.join(kind.classes)}" if len(kind.classes) > 1 else ""
         self.log.section(data.name, f"{self.base.name} on {data.name}: {sizes}; {runs} runs{classes}", echo=True)
         for note in data.notes:
@@ -680,9 +743,13 @@ class TaskRuns:
     def train(self, start: str, cell: FinetuneConfig, settings: dict, label: str) -> None:
         data, process = self.data, self.process
         model = build_model(self.base, data.kind, cell.seed, start == "random weights", cell.pooling)
-        data.kind.prepare(model, data.splits["train"])
-        self.load(model)
-        said, predictions = Training(self.net, data, cell, process, self.log, label).run()
+        if data.trains:
+            data.kind.prepare(model, data.splits["train"])
+            self.load(model)
+            said, predictions = Training(self.net, data, cell, process, self.log, label).run()
+        else:
+            self.load(model)
+            said, predictions = judge(self.net, data, process)
         run = {"start": start, "settings": settings, **said}
         process.on_main(lambda: self.keep(run, predictions))
         self.done.append(run)
@@ -697,7 +764,8 @@ class TaskRuns:
     def keep(self, run: dict, predictions: dict) -> None:
         others = [other["score"] for other in self.done if other["start"] == run["start"]]
         if run["start"] == "pretrained" and all(run["score"] > score for score in others):
-            save_folder(self.folder / "model", lambda into: save_model(into, self.net.model, self.base.tokenizer))
+            if self.data.trains:
+                save_folder(self.folder / "model", lambda into: save_model(into, self.net.model, self.base.tokenizer))
             self.write_predictions(predictions)
         with open(self.folder / "runs.jsonl", "a") as file:
             file.write(json.dumps(run) + "\n")
@@ -730,7 +798,8 @@ class TaskRuns:
             if len(runs) > len(self.same_settings(start)):
                 self.log.section("grid", grid_table(runs), echo=True)
         self.log.section(f"results {self.data.name}", results_table(report["results"]), echo=True)
-        self.log.write(f"model: {self.folder / 'model'}")
+        if self.data.trains:
+            self.log.write(f"model: {self.folder / 'model'}")
         temporary = self.folder / "metrics.json.tmp"
         temporary.write_text(json.dumps(report, indent=1))
         os.replace(temporary, self.folder / "metrics.json")  # last: a folder with it is finished
@@ -749,10 +818,10 @@ class TaskRuns:
         results = {}
         for start in self.starts:
             results[start] = spread_metrics([run["metrics"] for run in self.same_settings(start)])
-        results["majority class"] = spread_metrics([data.baseline()])
+        results[data.kind.baseline_name] = spread_metrics([data.baseline()])
         splits = {}
         for split, content in data.splits.items():
-            splits[split] = {"examples": len(content.ends), "fingerprint": content.fingerprint()}
+            splits[split] = {"examples": content.examples, "fingerprint": content.fingerprint()}
         return {
             "task": data.name,
             "base_model": self.base.name,
@@ -782,7 +851,7 @@ class TaskRuns:
             model_name=self.title,
             library_name="transformers",
             license="mit",
-            tags=["finetuned", "kbert"] if base.kbert else ["finetuned"],
+            tags=["finetuned"] * self.data.trains + ["kbert"] * base.kbert,
             base_model=None if Path(base.name).exists() else base.name,
             pipeline_tag=kind.pipeline_tag,
             eval_results=evaluations,
@@ -791,7 +860,8 @@ class TaskRuns:
         said = {"title": self.title, "base": base.title, "head": kind.head, "settings": settings, "report": report}
         rows = flat_results(report["results"])
         card = ModelCard.from_template(data, template_str=MODEL_CARD, rows=rows, **said)
-        (self.folder / "model" / "README.md").write_text(f"{card}\n", encoding="utf-8")
+        folder = self.folder / "model" if self.data.trains else self.folder
+        (folder / "README.md").write_text(f"{card}\n", encoding="utf-8")
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -824,12 +894,15 @@ def grid_table(runs: list[dict]) -> str:
 
 
 def results_table(results: dict) -> str:
-    """What was started from against split and metric: the median and, of several seeds, the range."""
+    """What was started from against split and metric, or, of many metrics, the other way round: the median and, of
+    several seeds, the range.
+    """
     cells: dict[str, dict] = {start: {} for start in results}
     for start, split, metric, value in flat_results(results):
         spread = f" ({value['min']:.4f} to {value['max']:.4f})" if value["n"] > 1 else ""
         cells[start][f"{split} {metric}"] = f"{value['median']:.4f}{spread}"
     table = pd.DataFrame.from_dict(cells, orient="index").fillna("-")
+    table = table if table.shape[1] <= 4 else table.T
     return table.to_string(col_space=[len(name) + 2 for name in table])  # two blanks between names, which hold some
 
 
@@ -955,6 +1028,8 @@ class Finetuner:
             if self.task in self.protocol.from_mnli:
                 base = self.open_base(self.process.on_main(lambda: mnli_model(self.out, self.base_name)))
             data = self.read(self.task, base)  # before there is a folder, which bad data would leave behind
+            if self.hub and not data.trains:
+                raise InputError(f"--task {self.task} trains nothing to push: drop --train.hf_model_name")
             self.open_folder()
             reports = {self.task: self.finetune(data, base, self.folder, "main")}
         if self.log:
@@ -988,6 +1063,7 @@ class Finetuner:
         """One task, whose report it returns. revision: the branch on the Hub."""
         train = choose_rates(self.train, self.protocol, base.kbert)
         cells = grid_of(self.protocol, data.name, self.given, train)
+        cells = cells if data.trains else cells[:1]  # no setting changes what is not trained
         report = TaskRuns(self.process, base, data, cells, folder, self.log).run()
         if self.hub:
             self.process.on_main(lambda: self.hub.push(folder / "model", revision))
@@ -1031,7 +1107,8 @@ class Finetuner:
             result[name] = {task: report[name] for task, report in reports.items()}
         self.log.close(result)
         self.log.bar.close()
-        draw_curves(self.folder)
+        if any(run["steps"] for report in reports.values() for run in report["runs"]):
+            draw_curves(self.folder)
         if self.hub:
             self.hub.finish()
 

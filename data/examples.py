@@ -7,9 +7,11 @@ and know nothing of models and training.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +32,7 @@ class Split:
     tokens: np.ndarray  # [all tokens] int32
     segments: np.ndarray | None  # [all tokens] int8, 1 in the second text, for encoders that ask for it
     ends: np.ndarray  # [examples] where each example ends
-    labels: np.ndarray  # [examples] int64 or, of numbers, float64; [windows, 2] an answer's first and last token
+    labels: np.ndarray  # [examples] int64 or, of numbers, float64; of spans and masked tokens [examples, 2]
     known: np.ndarray  # [examples] bool, False where a label is missing
     idx: list  # [examples] what predictions are listed by
 
@@ -38,13 +40,22 @@ class Split:
     def lengths(self) -> np.ndarray:
         return np.diff(self.ends, prepend=0)
 
+    @property
+    def examples(self) -> int:
+        """As the data counts them."""
+        return len(self.ends)
+
     def of(self, flat: np.ndarray, i: int) -> np.ndarray:
         return flat[self.ends[i - 1] if i else 0 : self.ends[i]]
 
+    def contents(self) -> Iterator[bytes]:
+        """Of each example and its label."""
+        for i, label in enumerate(self.labels):
+            yield self.of(self.tokens, i).tobytes() + label.tobytes()
+
     def fingerprint(self) -> str:
         """Of examples and labels, in whatever order."""
-        examples = (self.of(self.tokens, i).tobytes() + label.tobytes() for i, label in enumerate(self.labels))
-        hashes = sorted(hashlib.sha256(example).digest() for example in examples)
+        hashes = sorted(hashlib.sha256(content).digest() for content in self.contents())
         return hashlib.sha256(b"".join(hashes)).hexdigest()[:16]
 
     def positions(self, keep: np.ndarray) -> np.ndarray:
@@ -104,19 +115,37 @@ def read_files(path: Path) -> dict:
 
 def read_hub(name: str, config: str | None, diagnostic: str | None) -> dict:
     """{split: rows}. diagnostic: a configuration whose test split is one more split, of this name."""
-    from datasets import disable_progress_bars, load_dataset
+    from datasets import load_dataset
 
-    disable_progress_bars()
-    try:
+    with reading_hub(name):
         rows = dict(load_dataset(name, config))
         if diagnostic:
             rows[diagnostic] = load_dataset(name, diagnostic, split="test")
-    except Exception as error:  # whatever the Hub or the network has to say
+    return rows
+
+
+def read_configurations(name: str) -> dict:
+    """{configuration: rows of all its splits}, of every configuration of a set on the Hub."""
+    from datasets import concatenate_datasets, get_dataset_config_names, load_dataset
+
+    with reading_hub(name):
+        configurations = get_dataset_config_names(name)
+        return {config: concatenate_datasets(list(load_dataset(name, config).values())) for config in configurations}
+
+
+@contextlib.contextmanager
+def reading_hub(name: str) -> Iterator[None]:
+    """Turns what the Hub or the network has to say into MissingData."""
+    from datasets import disable_progress_bars
+
+    disable_progress_bars()
+    try:
+        yield
+    except Exception as error:
         raise MissingData(
             f"cannot load {name} from the Hugging Face Hub ({first_line(error)}): "
             "give --data.dataset FILE_OR_FOLDER with the same columns"
         ) from error
-    return rows
 
 
 def check_columns(split: str, rows, wanted: list[str]) -> None:

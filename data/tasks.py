@@ -15,18 +15,21 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 import torch.nn.functional as F
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from data.blimp import Pairs, encode_pairs, measure_pairs, table_name
 from data.examples import (
     MissingData,
     Split,
     check_columns,
     encode_texts,
     number_classes,
+    read_configurations,
     read_files,
     read_hub,
     read_labels,
@@ -66,7 +69,8 @@ class Kind:
     head = "SequenceClassification"  # of transformers, and of model.py
     problem_type: str | None = None  # of a model's configuration
     pipeline_tag = "text-classification"
-    required_splits: tuple[str, ...] = ("train",)  # none: there is nothing to train
+    required_splits: tuple[str, ...] = ("train",)  # none: there is nothing to train (zero-shot)
+    baseline_name = "majority class"
 
     def __init__(self, task: Task, settings):
         """settings: of --data.*, the finetuner's DataConfig."""
@@ -75,6 +79,11 @@ class Kind:
         self.classes: list[str] = []
 
     # --- reading
+
+    def read_hub(self, name: str) -> dict:
+        """{split: rows} of a set on the Hub."""
+        task = self.task
+        return read_hub(name, *((task.config, task.diagnostic) if name == task.dataset else (None, None)))
 
     def label_columns(self, split: str) -> list[str]:
         """Columns that a split needs beside its texts."""
@@ -121,9 +130,13 @@ class Kind:
 
     # --- measuring
 
-    def keep(self, logits: np.ndarray, split: Split, row: np.ndarray) -> list:
+    def wanted(self, split: Split, row: np.ndarray) -> np.ndarray | None:
+        """[n] the one token of each example `row` whose state the head reads; None: all of them."""
+        return None
+
+    def keep(self, logits: Tensor, split: Split, row: np.ndarray) -> list:
         """What is kept of the logits of the examples `row`, one entry for each."""
-        return list(logits)
+        return list(logits.cpu().numpy())
 
     def decide(self, logits: np.ndarray) -> np.ndarray:
         """[examples, C] -> predictions [examples]."""
@@ -133,7 +146,7 @@ class Kind:
         """The one answer that fits labels best."""
         raise NotImplementedError
 
-    def baseline(self, train: Split, split: Split) -> dict[str, float]:
+    def baseline(self, train: Split | None, split: Split) -> dict[str, float]:
         """Metrics of always giving the one answer that fits train best; none for a kind without such an answer."""
         labels = split.labels[split.known]
         return score(self.metrics, labels, np.full(len(labels), self.constant(train.labels)))
@@ -240,8 +253,8 @@ class Span(Kind):
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return sum(F.cross_entropy(logits[:, i], labels[:, i], reduction="sum") for i in (0, 1)) / 2
 
-    def keep(self, logits: np.ndarray, split: Windows, row: np.ndarray) -> list:
-        longest = self.settings.max_answer
+    def keep(self, logits: Tensor, split: Windows, row: np.ndarray) -> list:
+        longest, logits = self.settings.max_answer, logits.cpu().numpy()
         return [candidates(window, split.of(split.offsets, i), longest) for window, i in zip(logits, row)]
 
     def baseline(self, train: Split, split: Split) -> dict[str, float]:
@@ -255,6 +268,48 @@ class Span(Kind):
         for file, found in zip((f"{name}.json", f"{name}_nbest.json"), zip(*predictions)):
             text = json.dumps(dict(zip(split.names, found)), ensure_ascii=False)
             (folder / file).write_text(text, encoding="utf-8")
+
+
+class MinimalPairs(Kind):
+    """Two sentences, one of them acceptable: the masked language model should find that one likelier. Zero-shot."""
+
+    name = "minimal pairs"
+    metrics = ("accuracy",)
+    head = "MaskedLM"
+    pipeline_tag = "fill-mask"
+    required_splits = ()
+    baseline_name = "chance"
+
+    def read_hub(self, name: str) -> dict:
+        return read_configurations(name)
+
+    def label_columns(self, split: str) -> list[str]:
+        return []
+
+    def encode(
+        self, tables: dict, columns: list[str], tokenizer: PreTrainedTokenizerFast, max_length: int
+    ) -> tuple[dict[str, Split], int]:
+        """One split, whatever files and splits the data has: nothing was trained on any."""
+        tables = {table_name(self.settings.dataset, split): rows for split, rows in tables.items()}
+        pairs, cut = encode_pairs(tables, columns, tokenizer, max_length)
+        return {"test": pairs}, cut
+
+    def wanted(self, split: Pairs, row: np.ndarray) -> np.ndarray:
+        return split.labels[row, 0]
+
+    def keep(self, logits: Tensor, split: Pairs, row: np.ndarray) -> list:
+        target = torch.from_numpy(split.labels[row, 1]).to(logits.device)
+        return (-F.cross_entropy(logits, target, reduction="none")).tolist()
+
+    def baseline(self, train: None, split: Pairs) -> dict[str, float]:
+        return {"accuracy": 0.5}
+
+    def measure(self, kept: list, split: Pairs, dev: dict[str, float]) -> tuple[dict[str, float], pd.DataFrame]:
+        return measure_pairs(kept, split)
+
+    def write(self, folder: Path, name: str, split: Pairs, predictions: pd.DataFrame) -> None:
+        """A TSV of the pairs with their scores."""
+        predictions.to_csv(folder / f"{name}.tsv", sep="\t", index=False, float_format="%.4f")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,6 +352,7 @@ TASKS = {  # in the order that --task glue runs them: MNLI first, for those that
     "squad": Task("rajpurkar/squad", None, ("question", "context"), Span),
     "squad_v2": Task("rajpurkar/squad_v2", None, ("question", "context"), Span, unanswerable=True),
     "pairs": Task("data/sample/pairs", None, ("text", "text_pair"), metrics=("accuracy",), classes=PAIR_CLASSES),
+    "blimp": Task("nyu-mll/blimp", None, ("sentence_good", "sentence_bad"), MinimalPairs),
     "custom": Task(None, None, ("text",), kind=None),
 }
 GLUE = ("mnli", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "rte")  # WNLI is left out, as everywhere
@@ -315,13 +371,19 @@ class Data:
     notes: list[str]  # what the reader should know about how it was read
 
     @property
+    def trains(self) -> bool:
+        """False: the base model is judged as it is (zero-shot)."""
+        return "train" in self.splits
+
+    @property
     def labelled(self) -> list[str]:
         """Splits to measure on."""
         return [split for split, content in self.splits.items() if split != "train" and content.known.any()]
 
     def baseline(self) -> dict[str, dict[str, float]]:
-        """{split: metrics} of answering always with the most common class of train, or with its mean."""
-        found = {name: self.kind.baseline(self.splits["train"], self.splits[name]) for name in self.labelled}
+        """{split: metrics} of answering always with the most common class of train, with its mean, or by chance."""
+        train = self.splits.get("train")
+        found = {name: self.kind.baseline(train, self.splits[name]) for name in self.labelled}
         return {name: metrics for name, metrics in found.items() if metrics}
 
 
@@ -341,11 +403,12 @@ def read_data(name: str, tokenizer: PreTrainedTokenizerFast, max_length: int, se
         splits, names, cut = read_shards(Path(source), tokenizer, max_length)
         kind.name_packed(splits, names)
     else:
-        tables = read_tables(task, source)
+        tables = read_tables(kind, source)
         columns = choose_columns(kind, tables)
         if task.kind is None and has_fractions(tables, settings.label):
             kind = Number(task, settings)
-        notes += hold_out(tables, settings.validation)
+        if "train" in kind.required_splits:
+            notes += hold_out(tables, settings.validation)
         splits, cut = kind.encode(tables, columns, tokenizer, max_length)
     if cut:
         notes.append(f"{cut} examples are longer than {max_length} tokens and were cut, the longer text first")
@@ -356,9 +419,9 @@ def read_data(name: str, tokenizer: PreTrainedTokenizerFast, max_length: int, se
     return Data(name, kind, source, splits, choose_dev(splits, settings.validation), notes)
 
 
-def read_tables(task: Task, source: str) -> dict:
+def read_tables(kind: Kind, source: str) -> dict:
     """{split: rows} of a file, a folder (of GLUE, also of all its tasks) or a set on the Hub."""
-    path = Path(source)
+    path, task = Path(source), kind.task
     if task.config and (path / task.config).is_dir():
         path = path / task.config
     if path.exists():
@@ -369,7 +432,7 @@ def read_tables(task: Task, source: str) -> dict:
         return tables
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise MissingData(f"no file or folder {source}: check --data.dataset")
-    return read_hub(source, *((task.config, task.diagnostic) if source == task.dataset else (None, None)))
+    return kind.read_hub(source)
 
 
 def choose_columns(kind: Kind, tables: dict) -> list[str]:

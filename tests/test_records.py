@@ -13,12 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from transformers import AutoTokenizer
 
+import finetuner
 import trainer
-from conftest import ROOT, TINY_SHAPE, as_flags, flags, losses, metrics_of, run_python
-from dataloading import InputError
+from conftest import ROOT, TINY_SHAPE, as_flags, flags, losses, metrics_of, run_python, sentences, write_documents
+from dataloading import InputError, sha256_of
 from records.baseline import modernbert
 from records.leaderboard import BEGIN, END, duration, matches, update
 from records.log import LOG_LINE, WHOLE_LAST_LAYER, log_line, read_log, split_code
@@ -574,6 +576,28 @@ def test_baseline(corpus, tmp_path):
     assert losses(again, "val_loss")[0] == valid[0] and losses(again, "val_loss")[6] != valid[6]
     again = baseline(tmp_path, "same", "--config", run / "config.yaml")
     assert losses(again, "train_loss") == losses(run, "train_loss")
+
+
+def test_the_baseline_can_be_finetuned_and_judged(word_tokenizer, tmp_path):
+    """Its model/ holds what the finetuner needs, the tokenizer with it."""
+    tokenizer, data = AutoTokenizer.from_pretrained(word_tokenizer), tmp_path / "data"
+    shutil.copytree(word_tokenizer, data / "tokenizer")
+    texts = {split: [sentences(seed, 20, len(tokenizer))] for seed, split in enumerate(("train", "valid", "test"))}
+    write_documents(data, texts, len(tokenizer), sha256_of(word_tokenizer / "tokenizer.json"))
+    train = {"shape": "bucketed", "data.dir": data, "data.max_length": 32, "data.valid_tokens": 200}
+    train |= {"train.row_tokens": 512, "train.steps": 2, "train.valid_every": 0}
+    base = baseline(tmp_path, "baseline", *as_flags(train | TINY_SHAPE)) / "model"
+    texts = [("the cat sat", "the dog ran"), ("a dog slept on the mat", "a cat ran under a tree")] * 10
+    pairs = pd.DataFrame(texts, columns=["sentence_good", "sentence_bad"])
+    pairs.to_csv(tmp_path / "pairs.csv", index=False)
+    pairs.assign(label=[0, 1] * 10).to_csv(tmp_path / "labelled.csv", index=False)
+    tasks = {"custom": {"data.dataset": tmp_path / "labelled.csv", "data.text": "sentence_good", "train.epochs": 1}}
+    tasks["blimp"] = {"data.dataset": tmp_path / "pairs.csv"}
+    for task, more in tasks.items():
+        where = {"task": task, "train.base_model": base, "train.out": tmp_path, "train.run_name": task}
+        finetuner.main(as_flags(where | more))
+        report = json.loads((tmp_path / task / "metrics.json").read_text())
+        assert report["base_model"] == str(base) and 0 <= report["model"]["metrics"][report["dev"]]["accuracy"] <= 1
 
 
 @pytest.mark.parametrize("flag", ("--train.save_every 5", "--train.resume auto"))
