@@ -83,6 +83,8 @@ class KBERTConfig(PretrainedConfig):
         auto_map = {"AutoConfig": "model.KBERTConfig", "AutoModel": "model.KBERTModel"}
         auto_map |= {f"AutoModelFor{head}": f"model.KBERTFor{head}" for head in heads}
         kwargs.setdefault("auto_map", auto_map)
+        if kwargs.pop("rope_parameters", None):
+            raise ValueError("rope_parameters are not known here: RoPE has one, frequency_base")
         super().__post_init__(**kwargs)
 
         def check(name: str, holds: bool, rule: str) -> None:
@@ -104,6 +106,13 @@ class KBERTConfig(PretrainedConfig):
         largest = math.log(torch.finfo(torch.float32).max / 2**32 / self.padded_vocab_size)
         rule = f"must be at most {math.floor(largest)}, or the sum of exp(logit) over the vocabulary overflows"
         check("logit_softcap", self.logit_softcap <= largest, rule)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        stored = config_dict.get("vocab_size", cls.vocab_size)
+        if kwargs.get("vocab_size", stored) != stored:  # rows are padded: other numbers may fit the weights
+            raise ValueError(f"the model has a vocabulary of {stored}: load it so, then model.resize_token_embeddings")
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -275,6 +284,19 @@ class KBERTPreTrainedModel(PreTrainedModel):
             if module.skip_lambda is not None:
                 init.zeros_(module.skip_lambda)
 
+    @torch.no_grad()
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, pad_to_multiple_of=None, mean_resizing=True):
+        """New words start out as the mean of those there are. Stored rows are padded_vocab_size, whatever is asked."""
+        if new_num_tokens is None:
+            return self.get_input_embeddings()
+        words, self.config.vocab_size = self.config.vocab_size, new_num_tokens
+        embedding = super().resize_token_embeddings(self.config.padded_vocab_size, mean_resizing=False)
+        self.config.vocab_size = new_num_tokens
+        for module in (embedding, self.get_output_embeddings()):
+            if module is not None and new_num_tokens > words:
+                module.weight[words:new_num_tokens] = module.weight[:words].mean(0)
+        return embedding
+
 
 class KBERTModel(KBERTPreTrainedModel):
     def __init__(self, config: KBERTConfig):
@@ -405,7 +427,7 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., V]."""
-        x = self.lm_head(hidden)[..., : self.config.vocab_size].float()
+        x = self.lm_head(hidden.to(self.lm_head.weight.dtype))[..., : self.config.vocab_size].float()
         return x * soft_cap(x, self.config.logit_softcap)
 
     def loss(self, input_ids, document_ids, positions, masked, targets, max_seqlen, window=None, slots=None) -> Tensor:
@@ -417,7 +439,7 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs) -> outputs.MaskedLMOutput:
         """As KBERTModel.forward; labels [B, S], -100 for none -> logits [B, S, V] fp32, mean loss."""
-        out = self.encoder(input_ids, attention_mask, **kwargs)
+        out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
         logits = self.logits(out.last_hidden_state)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         return outputs.MaskedLMOutput(loss, logits, out.hidden_states, out.attentions)
@@ -465,7 +487,7 @@ class KBERTForSequenceClassification(KBERTForClassification):
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs) -> outputs.SequenceClassifierOutput:
         """As KBERTModel.forward; labels [B] or [B, num_labels] -> logits [B, num_labels], mean loss."""
-        out = self.encoder(input_ids, attention_mask, **kwargs)
+        out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
         logits = self.classify(self.pool(out.last_hidden_state, attention_mask))
         loss = None if labels is None else self.loss(logits, labels)
         return outputs.SequenceClassifierOutput(loss, logits, out.hidden_states, out.attentions)
@@ -477,7 +499,7 @@ class KBERTForTokenClassification(KBERTForClassification):
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs) -> outputs.TokenClassifierOutput:
         """As KBERTModel.forward; labels [B, S], -100 for none -> logits [B, S, num_labels], mean loss."""
-        out = self.encoder(input_ids, attention_mask, **kwargs)
+        out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
         logits = self.classify(out.last_hidden_state)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         return outputs.TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
@@ -495,7 +517,7 @@ class KBERTForMultipleChoice(KBERTForClassification):
         choices = (kwargs["inputs_embeds"] if input_ids is None else input_ids).size(1)
         kwargs = {name: x.flatten(0, 1) if isinstance(x, Tensor) else x for name, x in kwargs.items()}
         input_ids, attention_mask = (x if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask))
-        out = self.encoder(input_ids, attention_mask, **kwargs)
+        out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
         logits = self.classify(self.pool(out.last_hidden_state, attention_mask)).view(-1, choices)
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return outputs.MultipleChoiceModelOutput(loss, logits, out.hidden_states, out.attentions)
@@ -517,7 +539,7 @@ class KBERTForQuestionAnswering(KBERTPreTrainedModel):
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, start_positions=None, end_positions=None, **kwargs):
         """As KBERTModel.forward; positions [B] -> start and end logits [B, S], mean loss."""
-        out = self.encoder(input_ids, attention_mask, **kwargs)
+        out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
         start, end = self.span_logits(out.last_hidden_state)  # [B, S] each
         loss = None
         if start_positions is not None and end_positions is not None:
