@@ -7,11 +7,12 @@ Pre-norm blocks of attention (RoPE, QK-norm, value residual) and GeGLU. Every th
 the others to a sliding window, where their heads start out at a token's neighbours. The MLM head is tied to the
 embedding, its logits are soft-capped.
 
-Inside, there is no batch and no padding: a row of T tokens holds documents side by side, told apart by `document_ids`.
-The Hugging Face call with input_ids and attention_mask [B, S] unpads on the way in and pads again on the way out.
+Two ways lead through the same blocks. Training packs: `encode` takes a row of T tokens without padding, which holds
+documents side by side, told apart by `document_ids`. Everybody else pads: the Hugging Face call `forward` takes
+input_ids and attention_mask [B, S]; it has no shape that depends on data, so that it compiles and exports whole.
 
-Shapes: T tokens in a row, N masked positions, H heads, D head width, d hidden_size, f intermediate_size, V vocabulary,
-C tiles of a row, S of them slots.
+Shapes: B texts of S tokens, or one row of T, N masked positions, H heads, D head width, d hidden_size,
+f intermediate_size, V vocabulary, C tiles of a row.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers import modeling_outputs as outputs
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -74,14 +79,12 @@ class KBERTConfig(PretrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
-        auto_map = {
-            "AutoConfig": "model.KBERTConfig",
-            "AutoModel": "model.KBERTModel",
-            "AutoModelForMaskedLM": "model.KBERTForMaskedLM",
-            "AutoModelForSequenceClassification": "model.KBERTForSequenceClassification",
-            "AutoModelForQuestionAnswering": "model.KBERTForQuestionAnswering",
-        }
+        heads = ("MaskedLM", "SequenceClassification", "TokenClassification", "MultipleChoice", "QuestionAnswering")
+        auto_map = {"AutoConfig": "model.KBERTConfig", "AutoModel": "model.KBERTModel"}
+        auto_map |= {f"AutoModelFor{head}": f"model.KBERTFor{head}" for head in heads}
         kwargs.setdefault("auto_map", auto_map)
+        if kwargs.pop("rope_parameters", None):
+            raise ValueError("rope_parameters are not known here: RoPE has one, frequency_base")
         super().__post_init__(**kwargs)
 
         def check(name: str, holds: bool, rule: str) -> None:
@@ -103,6 +106,13 @@ class KBERTConfig(PretrainedConfig):
         largest = math.log(torch.finfo(torch.float32).max / 2**32 / self.padded_vocab_size)
         rule = f"must be at most {math.floor(largest)}, or the sum of exp(logit) over the vocabulary overflows"
         check("logit_softcap", self.logit_softcap <= largest, rule)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        stored = config_dict.get("vocab_size", cls.vocab_size)
+        if kwargs.get("vocab_size", stored) != stored:  # rows are padded: other numbers may fit the weights
+            raise ValueError(f"the model has a vocabulary of {stored}: load it so, then model.resize_token_embeddings")
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -145,17 +155,17 @@ def rotary_frequencies(head_dim: int, base: float, device: torch.device | None =
 
 
 def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and signed sin [T, 1, D], computed from the positions: no table to outgrow, no buffer to lose when loading.
+    """cos and signed sin [..., 1, D], computed from positions [...]: no table to outgrow, no buffer to lose in loading.
 
     One tensor for both, which the compiler computes once: two it would compute anew in each layer.
     """
-    angle = positions[:, None].float() * rotary_frequencies(head_dim, base, positions.device)  # [T, D / 2]
+    angle = positions[..., None].float() * rotary_frequencies(head_dim, base, positions.device)  # [..., D / 2]
     cos, sin = angle.cos(), angle.sin()
-    return torch.cat([cos, cos, sin, -sin], dim=-1).to(dtype)[:, None].chunk(2, dim=-1)
+    return torch.cat([cos, cos, sin, -sin], dim=-1).to(dtype)[..., None, :].chunk(2, dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(a, b) -> (a cos + b sin, b cos - a sin) for the halves of x [1, T, H, D]."""
+    """(a, b) -> (a cos + b sin, b cos - a sin) for the halves of x [B, S, H, D]."""
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     return x * cos + swapped * sin
 
@@ -178,7 +188,7 @@ def neighbour_bias(num_heads: int, head_dim: int, base: float) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, config: KBERTConfig, layer: int):
         super().__init__()
-        self.num_heads = config.num_attention_heads
+        self.config, self.num_heads = config, config.num_attention_heads
         # Muon orthogonalises each head's q, k and v by itself, at less cost than the whole.
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, stacked=3 * self.num_heads)
         self.out = ZeroLinear(config.hidden_size, config.hidden_size)
@@ -188,17 +198,23 @@ class Attention(nn.Module):
         self.qk_bias = nn.Parameter(torch.empty(2, self.num_heads, config.head_dim)) if biased else None
 
     def forward(self, x: Tensor, first_value: Tensor | None, rotary, mask, wanted: Tensor | None):
-        """As Block.forward; rotary: rotary_tables."""
-        T, d = x.shape
-        q, k, v = self.qkv(x).view(1, T, 3, self.num_heads, d // self.num_heads).unbind(2)  # [1, T, H, D] each
+        """As Block.forward; rotary: rotary_tables. Returns states, weights [B, H, S, S] if eager, and values."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, S, H, D] each
         if self.value_lambda is not None:
             v = v + self.value_lambda * (first_value - v)  # Zhou et al. 2024, "Value Residual Learning"
         q, k = self.norm(q), self.norm(k)
         if self.qk_bias is not None:
             q, k = q + self.qk_bias[0].to(q.dtype), k + self.qk_bias[1].to(k.dtype)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
-        x = attend(q, k, v, mask, scale=0.12).reshape(T, d)  # with QK-norm; 1 / sqrt(64) = 0.125
-        return self.out(x if wanted is None else x[wanted]), v
+        scale = 0.12  # with QK-norm; 1 / sqrt(64) = 0.125
+        if isinstance(mask, (BlockMask, Tiles)):
+            x, weights = attend(q, k, v, mask, scale), None
+        else:
+            chosen = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+            by_head = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, S, D] each
+            x, weights = chosen(self, *by_head, mask, scaling=scale, is_causal=False)
+        x = x.flatten(2)  # [B, S, d]
+        return self.out(x if wanted is None else x[:, wanted]), weights, v
 
 
 class GeGLU(nn.Module):
@@ -208,11 +224,11 @@ class GeGLU(nn.Module):
         self.down = ZeroLinear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [T, f] each
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [B, S, f] each
         return self.down(F.gelu(gate) * up)
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     def __init__(self, config: KBERTConfig, layer: int):
         super().__init__()
         self.attention = Attention(config, layer)
@@ -223,13 +239,13 @@ class Block(nn.Module):
         self.skip_lambda = nn.Parameter(torch.tensor(0.0)) if skipped_to else None
 
     def forward(self, x: Tensor, x0: Tensor, skip, first_value, rotary, mask, wanted: Tensor | None):
-        """x, x0, skip [T, d] -> [T, d], or [N, d] at the positions wanted [N]; and its values, for later layers."""
+        """x, x0, skip [B, S, d] -> [B, S, d], or [1, N, d] at the positions wanted [N] of a row; and its values."""
         if self.input_lambdas is not None:
             x = self.input_lambdas[0] * x + self.input_lambdas[1] * x0
         if self.skip_lambda is not None:
             x = x + self.skip_lambda * skip
-        attended, value = self.attention(self.norm(x), first_value, rotary, mask, wanted)  # [T, d] or [N, d]
-        x = (x if wanted is None else x[wanted]) + attended
+        attended, _, value = self.attention(self.norm(x), first_value, rotary, mask, wanted)
+        x = (x if wanted is None else x[:, wanted]) + attended
         return x + self.mlp(self.norm(x)), value
 
 
@@ -242,6 +258,10 @@ class KBERTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "encoder"
     _no_split_modules = ["Block"]
     _input_embed_layer = "embed"
+    _supports_sdpa = True
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # Trainer need not say how many labels it has in all: losses are means
+    _can_record_outputs = {"hidden_states": Block, "attentions": Attention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -263,6 +283,19 @@ class KBERTPreTrainedModel(PreTrainedModel):
                 init.copy_(module.input_lambdas, torch.tensor([1.0, 0.0]))
             if module.skip_lambda is not None:
                 init.zeros_(module.skip_lambda)
+
+    @torch.no_grad()
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, pad_to_multiple_of=None, mean_resizing=True):
+        """New words start out as the mean of those there are. Stored rows are padded_vocab_size, whatever is asked."""
+        if new_num_tokens is None:
+            return self.get_input_embeddings()
+        words, self.config.vocab_size = self.config.vocab_size, new_num_tokens
+        embedding = super().resize_token_embeddings(self.config.padded_vocab_size, mean_resizing=False)
+        self.config.vocab_size = new_num_tokens
+        for module in (embedding, self.get_output_embeddings()):
+            if module is not None and new_num_tokens > words:
+                module.weight[words:new_num_tokens] = module.weight[:words].mean(0)
+        return embedding
 
 
 class KBERTModel(KBERTPreTrainedModel):
@@ -291,10 +324,12 @@ class KBERTModel(KBERTPreTrainedModel):
             slots = pack_slots(document_ids, max_seqlen) if slots is None else slots
             local_mask = local_tiles(document_ids, min(window, max_seqlen - 1))
             global_mask = slot_tiles(document_ids, slots)
-        weight = self.embed.weight
-        dtype = self.compute_dtype or weight.dtype
-        x = x0 = self.norm(F.embedding(input_ids, weight).to(dtype))  # [T, d]
-        rotary = rotary_tables(positions, self.config.head_dim, self.config.frequency_base, dtype)
+        return self.run_blocks(self.embed(input_ids)[None], positions, local_mask, global_mask, wanted)[0]
+
+    def run_blocks(self, x: Tensor, positions: Tensor, local_mask, global_mask, wanted: Tensor | None = None) -> Tensor:
+        """Embeddings [B, S, d], positions [S] or [B, S], a mask for each kind of layer -> hidden states [B, S, d]."""
+        x = x0 = self.norm(x.to(self.compute_dtype or x.dtype))
+        rotary = rotary_tables(positions, self.config.head_dim, self.config.frequency_base, x.dtype)
         first_value, inputs = None, []
         for layer, block in enumerate(self.blocks):
             inputs.append(x)
@@ -305,19 +340,44 @@ class KBERTModel(KBERTPreTrainedModel):
             first_value = value if layer == 0 else first_value
         return self.norm(x)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> outputs.BaseModelOutput:
-        """input_ids, attention_mask [B, S] -> last_hidden_state [B, S, d], zero where attention_mask is."""
-        B, S = input_ids.shape
-        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        where = keep.flatten().nonzero().squeeze(1)  # [tokens]
-        tail = -where.size(0) % BLOCK  # a last document that fills the row
-        document = torch.arange(B, device=input_ids.device)[:, None].expand(B, S)
-        ids = F.pad(input_ids.flatten()[where], (0, tail))
-        document_ids = F.pad(document.flatten()[where], (0, tail), value=B)
-        positions = F.pad((keep.cumsum(1) - 1).flatten()[where], (0, tail))
-        x = self.encode(ids, document_ids, positions, max_seqlen=max(S, tail))
-        x = x.new_zeros(B * S, x.size(-1)).index_copy(0, where, x[: where.size(0)])
-        return outputs.BaseModelOutput(last_hidden_state=x.view(B, S, -1))
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> outputs.BaseModelOutput:
+        """input_ids, or inputs_embeds [B, S, d]; attention_mask, position_ids [B, S] -> last_hidden_state [B, S, d].
+
+        It is zero where attention_mask is. token_type_ids are not looked at.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give one of input_ids and inputs_embeds")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        B, S, *_ = given.shape
+        if S == 0:
+            raise ValueError("the texts have no tokens: input_ids is [B, 0]")
+        if attention_mask is not None and attention_mask.shape != (B, S):
+            shape = list(attention_mask.shape)
+            raise ValueError(f"attention_mask has to be [{B}, {S}], 1 for tokens and 0 for padding, and is {shape}")
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError('output_attentions needs eager attention: model.set_attn_implementation("eager")')
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # [B, S, d]
+        dtype = self.compute_dtype or x.dtype
+        token, keep = torch.arange(S, device=x.device)[None], None  # [1, S]
+        if attention_mask is not None:
+            keep = attention_mask.bool()
+            token = keep.int().cumsum(1) - 1  # [B, S] a text is counted as if there were no padding
+        window = self.config.local_attention_window // 2
+        near = (token[:, :, None] - token[:, None]).abs() <= window  # [B, S, S]
+        global_mask = None if keep is None else additive_mask(keep[:, None], dtype)  # [B, 1, 1, S]
+        local_mask = additive_mask(near if keep is None else near & keep[:, None], dtype)  # [B, 1, S, S]
+        x = self.run_blocks(x, token if position_ids is None else position_ids, local_mask, global_mask)
+        return outputs.BaseModelOutput(last_hidden_state=x if keep is None else x * keep[..., None])
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:
@@ -367,7 +427,7 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., V]."""
-        x = self.lm_head(hidden)[..., : self.config.vocab_size].float()
+        x = self.lm_head(hidden.to(self.lm_head.weight.dtype))[..., : self.config.vocab_size].float()
         return x * soft_cap(x, self.config.logit_softcap)
 
     def loss(self, input_ids, document_ids, positions, masked, targets, max_seqlen, window=None, slots=None) -> Tensor:
@@ -376,29 +436,45 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
         weight = self.lm_head.weight.to(hidden.dtype)
         return HeadLoss.apply(hidden, weight, targets, self.config.logit_softcap, self.config.vocab_size)
 
-    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs) -> outputs.MaskedLMOutput:
-        """input_ids, attention_mask, labels (-100 for none) [B, S] -> logits [B, S, V], mean loss."""
-        logits = self.logits(self.encoder(input_ids, attention_mask).last_hidden_state)  # [B, S, V]
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs) -> outputs.MaskedLMOutput:
+        """As KBERTModel.forward; labels [B, S], -100 for none -> logits [B, S, V] fp32, mean loss."""
+        out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
+        logits = self.logits(out.last_hidden_state)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-        return outputs.MaskedLMOutput(loss=loss, logits=logits)
+        return outputs.MaskedLMOutput(loss, logits, out.hidden_states, out.attentions)
 
 
-class KBERTForSequenceClassification(KBERTPreTrainedModel):
-    """A label, several ("multi_label_classification") or a number (num_labels 1), from a text's mean state or [CLS]."""
+class KBERTForClassification(KBERTPreTrainedModel):
+    """What the three classifiers below share."""
 
-    def __init__(self, config: KBERTConfig):
+    def __init__(self, config: KBERTConfig, num_outputs: int | None = None):
         super().__init__(config)
         self.encoder = KBERTModel(config)
         self.dense = Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps, elementwise_affine=False)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, num_outputs or config.num_labels)
         self.post_init()
 
-    def classify(self, pooled: Tensor) -> Tensor:
-        """A state for each text [B, d] -> logits [B, num_labels] fp32."""
-        x = self.dropout(self.norm(F.gelu(self.dense(pooled))))
+    def pool(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """[B, S, d], zero where there is no token -> a text's mean state, or that of its first token [B, d]."""
+        if self.config.classifier_pooling != "cls":
+            size = hidden.size(1) if attention_mask is None else attention_mask.sum(1, keepdim=True).clamp(min=1)
+            return hidden.sum(1) / size
+        if attention_mask is None:
+            return hidden[:, 0]
+        first = attention_mask.int().argmax(1)  # [B] behind padding on the left
+        return hidden[torch.arange(hidden.size(0), device=hidden.device), first]
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        """[..., d] -> logits [..., num_labels] fp32."""
+        x = self.dropout(self.norm(F.gelu(self.dense(hidden))))
         return self.classifier(x.to(self.classifier.weight.dtype)).float()
+
+
+class KBERTForSequenceClassification(KBERTForClassification):
+    """A label, several ("multi_label_classification") or a number (num_labels 1), from a text's mean state or [CLS]."""
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean over the batch: squared error for a number, cross-entropy for a class."""
@@ -408,17 +484,43 @@ class KBERTForSequenceClassification(KBERTPreTrainedModel):
             return F.binary_cross_entropy_with_logits(logits, labels.float())
         return F.cross_entropy(logits, labels)
 
-    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs) -> outputs.SequenceClassifierOutput:
-        """input_ids, attention_mask [B, S], labels [B] or [B, num_labels] -> logits [B, num_labels], mean loss."""
-        hidden = self.encoder(input_ids, attention_mask).last_hidden_state  # [B, S, d], zero where there is no token
-        if self.config.classifier_pooling == "cls":
-            pooled = hidden[:, 0]
-        else:
-            pooled = hidden.sum(1) / (hidden.size(1) if attention_mask is None else attention_mask.sum(1, keepdim=True))
-        logits = self.classify(pooled)
-        return outputs.SequenceClassifierOutput(
-            loss=None if labels is None else self.loss(logits, labels), logits=logits
-        )
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs) -> outputs.SequenceClassifierOutput:
+        """As KBERTModel.forward; labels [B] or [B, num_labels] -> logits [B, num_labels], mean loss."""
+        out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
+        logits = self.classify(self.pool(out.last_hidden_state, attention_mask))
+        loss = None if labels is None else self.loss(logits, labels)
+        return outputs.SequenceClassifierOutput(loss, logits, out.hidden_states, out.attentions)
+
+
+class KBERTForTokenClassification(KBERTForClassification):
+    """A label for each token, such as the kind of name that it is part of."""
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs) -> outputs.TokenClassifierOutput:
+        """As KBERTModel.forward; labels [B, S], -100 for none -> logits [B, S, num_labels], mean loss."""
+        out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
+        logits = self.classify(out.last_hidden_state)
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        return outputs.TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
+
+
+class KBERTForMultipleChoice(KBERTForClassification):
+    """The best of several texts, as of a question with each of its answers: a score for each."""
+
+    def __init__(self, config: KBERTConfig):
+        super().__init__(config, num_outputs=1)
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs) -> outputs.MultipleChoiceModelOutput:
+        """input_ids, attention_mask and their kin [B, choices, S], labels [B] -> logits [B, choices], mean loss."""
+        choices = (kwargs["inputs_embeds"] if input_ids is None else input_ids).size(1)
+        kwargs = {name: x.flatten(0, 1) if isinstance(x, Tensor) else x for name, x in kwargs.items()}
+        input_ids, attention_mask = (x if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask))
+        out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
+        logits = self.classify(self.pool(out.last_hidden_state, attention_mask)).view(-1, choices)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return outputs.MultipleChoiceModelOutput(loss, logits, out.hidden_states, out.attentions)
 
 
 class KBERTForQuestionAnswering(KBERTPreTrainedModel):
@@ -434,24 +536,47 @@ class KBERTForQuestionAnswering(KBERTPreTrainedModel):
         """[..., d] -> start and end logits [...] fp32."""
         return self.qa_outputs(hidden.to(self.qa_outputs.weight.dtype)).float().unbind(-1)
 
-    def forward(self, input_ids, attention_mask=None, start_positions=None, end_positions=None, **kwargs):
-        """input_ids, attention_mask [B, S], positions [B] -> start and end logits [B, S], mean loss."""
-        start, end = self.span_logits(self.encoder(input_ids, attention_mask).last_hidden_state)  # [B, S] each
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, start_positions=None, end_positions=None, **kwargs):
+        """As KBERTModel.forward; positions [B] -> start and end logits [B, S], mean loss."""
+        out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
+        start, end = self.span_logits(out.last_hidden_state)  # [B, S] each
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = (F.cross_entropy(start, start_positions) + F.cross_entropy(end, end_positions)) / 2
-        return outputs.QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end)
+        return outputs.QuestionAnsweringModelOutput(loss, start, end, out.hidden_states, out.attentions)
 
 
 KBERTConfig.register_for_auto_class()
 KBERTModel.register_for_auto_class("AutoModel")
 KBERTForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
 KBERTForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+KBERTForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+KBERTForMultipleChoice.register_for_auto_class("AutoModelForMultipleChoice")
 KBERTForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention backends: which keys a query sees, written down from document boundaries, and two ways to compute it
+# Attention of padded batches: transformers has sdpa and its kin, and leaves "eager" to the model
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """visible [B, queries or 1, S] -> what is added to scores [B, 1, ...]: zero, or enough to hide a key in any dtype.
+
+    QK-norm bounds the scores, so a finite number does, and a query that sees nothing gets a mean where -inf gives NaN.
+    """
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, -1e4)[:, None]
+
+
+def eager_attention(module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **kwargs):
+    """q, k, v [B, H, S, D] -> states [B, S, H, D] and the weights [B, H, S, S]."""
+    scores = q @ k.mT * scaling
+    weights = (scores if mask is None else scores + mask).float().softmax(-1).to(v.dtype)
+    return (weights @ v).transpose(1, 2), weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention of packed rows: which keys a query sees, written down from document boundaries, and two ways to compute it
 
 BLOCK = 128  # tokens in a block of FlexAttention, to which a row is padded
 LOCAL_BLOCK = 64  # queries in a tile of local attention

@@ -522,8 +522,15 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 def save_model(folder: Path, model: KBERTForMaskedLM, tokenizer) -> None:
     model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    if tokenizer is None:
+        return
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("is_local", "local_files_only"):  # of this machine, not of the model
+        settings.pop(name, None)
+    settings["model_max_length"] = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def checkpoint_step(folder: Path) -> int:

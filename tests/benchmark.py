@@ -5,6 +5,7 @@
     python tests/benchmark.py --preset base --data DIR --row-tokens 65536   on a GPU
     python tests/benchmark.py --profile ...                                 our step by kind of kernel
     python tests/benchmark.py --attention --preset base --data DIR ...      FlexAttention and varlen_attn, on a GPU
+    python tests/benchmark.py --inference --preset base                     the padded forward, as people serve it
     python tests/benchmark.py --loader                                      the loader alone, on one core
     python tests/benchmark.py --packing 'corpus/*.jsonl.xz' --data DIR      packing against `tokenizers` alone
 
@@ -34,7 +35,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataloading import InputError, Loader, Row, first_line, read_manifest
-from model import PRESETS, KBERTConfig, KBERTForMaskedLM, attend, flex_mask
+from model import PRESETS, KBERTConfig, KBERTForMaskedLM, KBERTModel, attend, flex_mask
 from records.baseline.modernbert import Reference
 from records.log import Work, peak_flops
 from trainer import PRESETS as TRAINER_PRESETS
@@ -283,6 +284,61 @@ def time_ways(ways: dict[str, Callable], q: Tensor, k: Tensor, v: Tensor, window
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+CELLS = {  # texts of a batch by their tokens
+    "1 x 16": [16],
+    "1 x 128": [128],
+    "1 x 512": [512],
+    "32 x 16 to 128": torch.linspace(16, 128, 32).int().tolist(),
+    "32 x 128": [128] * 32,
+    "8 x 512": [512] * 8,
+    "2 x 2048": [2048] * 2,
+}
+
+
+def serving_models(
+    config: KBERTConfig, device: torch.device, dtype: torch.dtype, compiled: bool
+) -> dict[str, Callable]:
+    """KBERT's padded forward and ModernBertModel of the same shape with sdpa, fresh from their initialisation."""
+    from transformers import ModernBertConfig, ModernBertModel
+
+    torch.manual_seed(1)
+    names = [*SHAPE.values(), "vocab_size", "pad_token_id", "cls_token_id", "sep_token_id"]
+    shape = {name: getattr(config, name) for name in names}
+    theirs = ModernBertConfig(**shape, local_attention=config.local_attention_window, attn_implementation="sdpa")
+    models = {"kbert": KBERTModel(config), "modernbert": ModernBertModel(theirs)}
+    models = {name: model.to(device, dtype).eval() for name, model in models.items()}
+    return {name: torch.compile(model, dynamic=True) if compiled else model for name, model in models.items()}
+
+
+def compare_serving(config: KBERTConfig, rounds: int, process: Process) -> dict:
+    """Tokens a second, padding not counted, of both models in turn: median of 3 x rounds batches of each."""
+    device, rows = process.device, []
+    kinds = [(dtype, compiled) for dtype in (torch.float32, torch.bfloat16) for compiled in (False, True)]
+    if why_eager(device) is not None:
+        kinds = [kind for kind in kinds if not kind[1]]
+    for dtype, compiled in kinds:
+        sides = serving_models(config, device, dtype, compiled)
+        for cell, lengths in CELLS.items():
+            mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long().to(device)  # [B, S]
+            inputs = {"input_ids": torch.randint(5, config.vocab_size, mask.shape, device=device)}
+            inputs["attention_mask"] = mask
+            seconds: dict[str, list[float]] = {name: [] for name in sides}
+            for turn in range(2 + 3 * rounds):
+                for name, model in sides.items():
+                    start = time.perf_counter()
+                    with torch.inference_mode():
+                        model(**inputs).last_hidden_state[0, 0, 0].item()  # waits for a GPU
+                    if turn >= 2:  # compiled, and warm
+                        seconds[name].append(time.perf_counter() - start)
+            rates = {name: sum(lengths) / statistics.median(times) for name, times in seconds.items()}
+            how = f"{str(dtype).removeprefix('torch.')} {'compiled' if compiled else 'eager'}"
+            rows.append({"how": how, "batch": cell, **rates, "ratio": rates["kbert"] / rates["modernbert"]})
+            print(
+                "{how:18s} {batch:15s} {kbert:10,.0f} {modernbert:10,.0f}  {ratio:.2f}".format(**rows[-1]), flush=True
+            )
+    return {"serving": rows}
+
+
 def measure_loader(loader: Loader, seconds: float = 5.0) -> dict:
     """Tokens a second from warm shards, by one thread, the first epoch's opening of shards included."""
     torch.set_num_threads(1)
@@ -349,6 +405,7 @@ def read_arguments() -> argparse.Namespace:
     add("--steps", type=int, default=3, help="timed steps in a turn [3]")
     add("--profile", action="store_true", help="measure our step by kind of kernel")
     add("--attention", action="store_true", help="measure one layer's attention in four ways, on a GPU")
+    add("--inference", action="store_true", help="measure the padded forward against ModernBertModel's")
     add("--loader", action="store_true", help="measure the loader alone")
     add("--packing", nargs="+", metavar="GLOB", help="measure the packing of these files, with --data's tokenizer")
     add("--json", action="store_true", help="end with one JSON object on the last line")
@@ -370,7 +427,9 @@ def main() -> None:
         def new_loader(tokens: int = row_tokens) -> Loader:
             return Loader(directory, manifest, "train", tokens, longest, seed=1, device=process.device)
 
-        if arguments.loader:
+        if arguments.inference:
+            result = compare_serving(config, arguments.rounds, process)
+        elif arguments.loader:
             result = measure_loader(new_loader())
         elif arguments.packing:
             result = measure_packing(directory, arguments.packing)

@@ -37,6 +37,12 @@ def test_a_profile_accounts_for_the_whole_step(corpus, tmp_path):
     assert 0.99 < sum(shares.values()) < 1.5  # beyond 1 where two threads work at once
 
 
+def test_the_padded_forward_is_measured_in_every_cell(corpus, tmp_path):
+    rows = benchmark(corpus, tmp_path, "--inference", "--rounds", 1)["serving"]
+    assert len({(row["how"], row["batch"]) for row in rows}) == len(rows) and len(rows) in (14, 28)
+    assert all(row["ratio"] == pytest.approx(row["kbert"] / row["modernbert"]) for row in rows)
+
+
 def test_the_loader_alone(corpus, tmp_path):
     assert benchmark(corpus, tmp_path, "--loader")["loader_tokens_per_s"] > 0
 
