@@ -339,6 +339,7 @@ class Process:
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, *values: float) -> list[float]:
+        """The largest of each over ranks."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def _reduce(self, values: tuple[float, ...], operation: dist.ReduceOp) -> list[float]:
@@ -979,17 +980,26 @@ class Run:
 
     def train_loop(self) -> bool:
         """Trains to the end, or until a signal, upon which it saves first. Returns whether the run is finished."""
+        gc.collect()
+        gc.freeze()  # what was made so far lives on: the collector need not look at it in each of its rounds
         with stop_signals() as came:
             finished = self.train_until(came)
+        gc.unfreeze()
         self.rows.close()
         return finished
+
+    def agree(self, came: list[int]) -> tuple[float, float]:
+        """Seconds of training and the signal to stop, one for all ranks, who talk each step only if the clock decides."""
+        if self.process.world_size > 1 and self.train.max_minutes is None and self.step % self.train.log_every:
+            return self.clock.now(), 0
+        return self.process.max(self.clock.now(), max(came, default=0))
 
     def train_until(self, came: list[int]) -> bool:
         """came: signals to stop."""
         train = self.train
         self.rows, self.data_wait, self.unread = iter(self.loader), 0.0, []
         while True:
-            seconds, stopped = self.process.max(self.clock.now(), max(came, default=0))  # one decision for all ranks
+            seconds, stopped = self.agree(came)
             progress = self.progress(seconds)
             self.window = local_window(progress, train, self.config.local_attention_window)
             finished = progress >= 1
