@@ -989,7 +989,7 @@ class Run:
         return finished
 
     def agree(self, came: list[int]) -> tuple[float, float]:
-        """Seconds of training and the signal to stop, as all ranks have it. They talk at each step if the clock decides."""
+        """Seconds of training and the signal to stop, alike on all ranks, who talk each step if the clock decides."""
         if self.process.world_size > 1 and self.train.max_minutes is None and self.step % self.train.log_every:
             return self.clock.now(), 0
         return self.process.max(self.clock.now(), max(came, default=0))
