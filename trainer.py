@@ -1106,7 +1106,11 @@ class Run:
         self.process.on_main(lambda: self.write_checkpoint(optimizer_state, push))
 
     def write_checkpoint(self, optimizer_state: dict[str, Tensor], push: bool) -> None:
-        """Model in Hugging Face form, optimizer.safetensors, state.json. Masks follow from rows: no random state."""
+        """Model in Hugging Face form, optimizer.safetensors, state.json. Masks follow from rows: no random state.
+
+        Where it cannot be written, the run goes on if another stands.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         state = {
@@ -1129,7 +1133,15 @@ class Run:
             write_hashes(into)
 
         folder = self.folder / "checkpoints" / f"step-{self.step:06d}"
-        save_folder(folder, write)
+        try:
+            save_folder(folder, write)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(folder.with_name(folder.name + ".tmp"), ignore_errors=True)
+            said = f"{folder} cannot be written ({first_line(error)}): make room on that disk"
+            if not checkpoints_of(self.folder):
+                raise InputError(said) from error
+            print(f"warning: {said}; {checkpoints_of(self.folder)[-1]} stands", file=sys.stderr)
+            return
         for old in checkpoints_of(self.folder)[: -self.train.keep_checkpoints]:
             shutil.rmtree(old)
         if self.hub and push:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 import torch
@@ -178,11 +178,17 @@ class RunLog:
         self.wandb_run = wandb_run
 
     def write(self, text: str, echo: bool = True) -> None:
-        self.file.write(text + "\n")
-        self.file.flush()
+        self.append(self.file, text + "\n")
         if echo:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+
+    def append(self, file: TextIO, text: str) -> None:
+        try:
+            file.write(text)
+            file.flush()
+        except OSError as error:
+            raise InputError(f"{file.name} cannot be written ({error}): make room, and resume the run") from error
 
     def section(self, title: str, text: str, echo: bool = False) -> None:
         self.write(f"=== {title}\n{text}", echo)
@@ -198,8 +204,7 @@ class RunLog:
     def step(self, line: str, echo: bool, **metrics: object) -> None:
         """A line of numbers, and what metrics.jsonl says at that step."""
         self.write(line, echo or self.bar.disable)
-        self.metrics.write(json.dumps(metrics) + "\n")
-        self.metrics.flush()
+        self.append(self.metrics, json.dumps(metrics) + "\n")
         if self.wandb_run is not None:
             self.wandb_run.log({name: value for name, value in metrics.items() if name != "step"}, step=metrics["step"])
 

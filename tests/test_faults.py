@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
 import shutil
 import signal
+import types
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dataloading
+import trainer
 from conftest import flags, lines, losses, run_python, story
 from dataloading import HEADER_BYTES, InputError, Loader, read_manifest, read_shard, sha256_of
 from model import KBERTConfig
@@ -218,6 +221,58 @@ def test_without_a_whole_checkpoint_a_run_starts_afresh_only_if_told_to(corpus, 
     go_on(corpus, killed, "--train.start_afresh true")
     assert "starting afresh" in capsys.readouterr().out and steps_set_aside(killed) == [2, 4, 6]
     assert_same_model(killed, whole)
+
+
+# --- disks that are full
+
+
+def fill_disk(monkeypatch, names: list[str]) -> None:
+    """For these checkpoints."""
+    save_model = trainer.save_model
+
+    def save(into, *more):
+        save_model(into, *more)
+        if into.name in names:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(trainer, "save_model", save)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_nothing_if_another_stands(
+    corpus, whole, tmp_path, monkeypatch, capsys
+):
+    fill_disk(monkeypatch, ["step-000004.tmp"])
+    go_on(corpus, tmp_path / "run")
+    assert "step-000004 cannot be written ([Errno 28] No space left" in capsys.readouterr().err
+    assert sorted(path.name[-1] for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["2", "6"]
+    assert_same_model(tmp_path / "run", whole)
+    fill_disk(monkeypatch, ["step-000002.tmp"])
+    with pytest.raises(InputError, match="step-000002 cannot be written .*make room"):
+        go_on(corpus, tmp_path / "other")
+
+
+def test_a_log_that_cannot_be_written_is_named(corpus, tmp_path, monkeypatch):
+    def full(text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def make_full(self, progress):
+        self.log.file = types.SimpleNamespace(write=full, name=self.log.file.name)
+        self.write_line(train_loss=1.0)
+
+    monkeypatch.setattr(Run, "train_step", make_full)
+    with pytest.raises(InputError, match="log.txt cannot be written .*No space left"):
+        go_on(corpus, tmp_path / "run")
+
+
+# --- files and secrets
+
+
+def test_files_can_be_read_by_others_and_hold_no_token(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_planted")
+    go_on(corpus, tmp_path / "run")
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in files)
+    assert len(files) > 20 and not [path for path in files if b"hf_planted" in path.read_bytes()]
 
 
 # --- damaged data
