@@ -102,7 +102,7 @@ class FinetuneConfig:
     epochs: PositiveFloat = option(3.0, "passes over train, at most")
     batch_size: PositiveInt = option(32, "examples in an optimizer step, over all ranks")
     optimizer: Literal["auto", "muon", "adamw"] = option("auto", "auto: muon for a KBERT, adamw for other encoders")
-    lr: PositiveFloat | None = option(None, "peak learning rate; none: 0.02 by muon, in spectral norm, 5e-5 by adamw")
+    lr: PositiveFloat | None = option(None, "peak learning rate; none: 0.01 by muon, in spectral norm, 5e-5 by adamw")
     weight_decay: NonNegativeFloat = option(0.01, "of matrices: a step shrinks them by lr times this")
     lr_schedule: Literal["one_cycle", "cosine"] = option(
         "one_cycle", "fall after warm-up: linear (one_cycle) or cosine"
@@ -177,7 +177,7 @@ def free_names(protocol: Protocol, given: set[str]) -> list[str]:
     return [name for name in protocol.grid if f"train.{name}" not in given]
 
 
-MUON_LR = 0.02  # in spectral norm: where AdamW's customary rate is 5e-5
+MUON_LR = 0.01  # in spectral norm: where AdamW's customary rate is 5e-5
 
 
 def choose_rates(train: FinetuneConfig, protocol: Protocol, kbert: bool) -> FinetuneConfig:
@@ -515,7 +515,7 @@ def muon_step(model: nn.Module, train: FinetuneConfig, process: Process) -> Call
 
     Matrices that Muon has trained are several times as large as AdamW's, whose customary rates hardly move them, and a
     model adapts best by the optimizer that trained it (arXiv 2605.10468, 2606.09658). The rate was chosen on micro
-    encoders and 45,000 pairs (records/notebook.md, "Rates, optimizers and the number of examples").
+    encoders and 5,000 to 45,000 pairs (records/notebook.md, "Rates, optimizers and the number of examples").
     """
     adam = {"betas": (0.9, 0.98), "lr": train.lr / 20}
     optimizer = Optimizer(
