@@ -199,6 +199,8 @@ def test_save_load_and_save_again_through_auto_classes(tmp_path, monkeypatch, cl
     loaded.save_pretrained(tmp_path / "twice")
     again = getattr(transformers, auto).from_pretrained(tmp_path / "twice", trust_remote_code=True).eval()
     for copy in (loaded, again):
+        for name, tensor in copy.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name]), name
         for key, value in copy(input_ids=ids, attention_mask=mask).items():
             # Not equal bit for bit: weights that were read may lie at another alignment.
             torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
