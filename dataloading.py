@@ -507,6 +507,16 @@ def frozen_mask(offsets: np.ndarray) -> np.ndarray:
     return (offsets >= 0) & (hash64(offsets + 1) < np.uint64(FROZEN_MASK_RATE * 2**64))
 
 
+def frozen_words(row: Row) -> np.ndarray:
+    """[T] int32: the row's tokens, those of the frozen mask replaced by words of the same window, drawn by place."""
+    ids, text, positions = row.input_ids.cpu().numpy(), row.offsets >= 0, row.positions.cpu().numpy()
+    documents = row.document_ids.cpu().numpy()
+    words = np.bincount(documents, weights=text)[documents].astype(np.int64)  # [T] of text in a token's window
+    first = np.arange(len(ids)) - positions + 1  # [T] the place of its first, behind [CLS]
+    drawn = first + (hash64(row.offsets + (1 << 40)) % np.maximum(words, 1).astype(np.uint64)).astype(np.int64)
+    return np.where(frozen_mask(row.offsets), ids[np.minimum(drawn, len(ids) - 1)], ids)
+
+
 def data_hash(manifest: dict) -> str:
     """Of tokenizer and shards: two runs with the same one read the same tokens."""
     shards = sorted((name, entry["sha256"]) for name, entry in manifest["shards"].items())

@@ -82,6 +82,7 @@ class KBERTConfig(PretrainedConfig):
         heads = ("MaskedLM", "SequenceClassification", "TokenClassification", "MultipleChoice", "QuestionAnswering")
         auto_map = {"AutoConfig": "model.KBERTConfig", "AutoModel": "model.KBERTModel"}
         auto_map |= {f"AutoModelFor{head}": f"model.KBERTFor{head}" for head in heads}
+        auto_map["AutoModelForPreTraining"] = "model.KBERTForReplacedTokenDetection"
         kwargs.setdefault("auto_map", auto_map)
         if kwargs.pop("rope_parameters", None):
             raise ValueError("rope_parameters are not known here: RoPE has one, frequency_base")
@@ -394,7 +395,8 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, vocab_size: int) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, vocab_size: int, uniform=None):
+        """uniform [N] in [0, 1): also return words [N], each drawn by its logits."""
         target, has_target = targets.clamp(min=0)[:, None], targets >= 0  # [N, 1], [N]
         logits = hidden @ weight.t()  # [N, V padded]
         own, x = logits.gather(1, target)[:, 0].float(), logits.float()
@@ -406,14 +408,36 @@ class HeadLoss(torch.autograd.Function):
         own_gradient = (own.exp() - total) * own_factor**3
         gradient = (weights * factor**3).to(logits.dtype).scatter(1, target, own_gradient[:, None].to(logits.dtype))
         ctx.save_for_backward(hidden, weight, gradient, has_target / total)
-        return torch.where(has_target, total.log() - own, 0.0).sum()
+        loss = torch.where(has_target, total.log() - own, 0.0).sum()
+        if uniform is None:
+            return loss
+        words = draw_words(logits, weights.unflatten(1, (-1, 128)).sum(-1), uniform, cap, vocab_size)
+        ctx.mark_non_differentiable(words)
+        return loss, words
 
     @staticmethod
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx, upstream: Tensor, *_):
         hidden, weight, gradient, scale = ctx.saved_tensors
         scale = (scale * upstream)[:, None]  # [N, 1]
         of_hidden = ((gradient @ weight) * scale).to(hidden.dtype)  # [N, d]
-        return of_hidden, gradient.t() @ (hidden * scale).to(hidden.dtype), None, None, None
+        return of_hidden, gradient.t() @ (hidden * scale).to(hidden.dtype), None, None, None, None
+
+
+def draw_words(logits: Tensor, sums: Tensor, uniform: Tensor, cap: float, vocab_size: int) -> Tensor:
+    """logits [N, V padded] before the soft cap, uniform [N] in [0, 1) -> words [N], drawn with softmax's probabilities.
+
+    sums [N, V padded / 128]: of exp(logit) in blocks of 128 words. One number chooses the block, then the word in it:
+    neither noise for each word nor a sum that runs over the whole vocabulary is needed.
+    """
+    ends = sums.cumsum(-1)
+    height = uniform[:, None] * ends[:, -1:]  # [N, 1]
+    block = (ends <= height).sum(-1, keepdim=True).clamp(max=ends.size(1) - 1)  # [N, 1]
+    height = height - (ends - sums).gather(1, block)  # within the block
+    word = block * 128 + torch.arange(128, device=logits.device)  # [N, 128]
+    x = logits.gather(1, word).float()
+    weights = torch.where(word < vocab_size, (x * soft_cap(x, cap)).exp(), 0.0)
+    chosen = (weights.cumsum(-1) <= height).sum(-1, keepdim=True)  # [N, 1]
+    return (block * 128 + chosen.clamp(max=127)).clamp(max=vocab_size - 1)[:, 0]
 
 
 class KBERTForMaskedLM(KBERTPreTrainedModel):
@@ -435,6 +459,16 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
         hidden = self.encoder.encode(input_ids, document_ids, positions, max_seqlen, window, slots, masked)  # [N, d]
         weight = self.lm_head.weight.to(hidden.dtype)
         return HeadLoss.apply(hidden, weight, targets, self.config.logit_softcap, self.config.vocab_size)
+
+    def loss_and_words(
+        self, input_ids, document_ids, positions, masked, targets, uniform, max_seqlen, window=None, slots=None
+    ) -> tuple[Tensor, Tensor]:
+        """As `loss`, and input_ids [T] with a word at each masked position, drawn from the guesses by uniform [N]."""
+        hidden = self.encoder.encode(input_ids, document_ids, positions, max_seqlen, window, slots, masked)
+        weight, config = self.lm_head.weight.to(hidden.dtype), self.config
+        loss, words = HeadLoss.apply(hidden, weight, targets, config.logit_softcap, config.vocab_size, uniform)
+        words = torch.where(targets >= 0, words.to(input_ids.dtype), input_ids[masked])
+        return loss, input_ids.index_put((masked,), words)
 
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs) -> outputs.MaskedLMOutput:
@@ -505,6 +539,33 @@ class KBERTForTokenClassification(KBERTForClassification):
         return outputs.TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
 
 
+class KBERTForReplacedTokenDetection(KBERTForClassification):
+    """Whether each token is another than the text's own (Clark et al. 2020, "ELECTRA"): then its logit is positive."""
+
+    def __init__(self, config: KBERTConfig):
+        super().__init__(config, num_outputs=1)
+        self.dropout = nn.Identity()
+
+    def loss(
+        self, input_ids, document_ids, positions, replaced, text, max_seqlen, window=None, slots=None
+    ) -> tuple[Tensor, Tensor]:
+        """Of a row, replaced and text [T] bool: cross-entropy summed over the text, and the logits [T]."""
+        hidden = self.encoder.encode(input_ids, document_ids, positions, max_seqlen, window, slots)  # [T, d]
+        logits = self.classify(hidden)[:, 0]
+        each = F.binary_cross_entropy_with_logits(logits, replaced.float(), reduction="none")
+        return torch.where(text, each, 0.0).sum(), logits
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs) -> outputs.TokenClassifierOutput:
+        """As KBERTModel.forward; labels [B, S], 1 replaced, 0 not, -100 for none -> logits [B, S], mean loss."""
+        out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
+        logits, loss = self.classify(out.last_hidden_state)[..., 0], None
+        if labels is not None:
+            told = labels != -100
+            loss = F.binary_cross_entropy_with_logits(logits[told], labels[told].float())
+        return outputs.TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
+
+
 class KBERTForMultipleChoice(KBERTForClassification):
     """The best of several texts, as of a question with each of its answers: a score for each."""
 
@@ -552,6 +613,7 @@ KBERTModel.register_for_auto_class("AutoModel")
 KBERTForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
 KBERTForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 KBERTForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+KBERTForReplacedTokenDetection.register_for_auto_class("AutoModelForPreTraining")
 KBERTForMultipleChoice.register_for_auto_class("AutoModelForMultipleChoice")
 KBERTForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
 

@@ -1,4 +1,4 @@
-"""Muon for the blocks' matrices and Adam for everything else, both sharded over ranks.
+"""Muon for the matrices of layers and Adam for everything else, both sharded over ranks.
 
 Every rank holds all parameters. In a step
     1. gradients are summed over ranks, each rank receiving its share of the rows (reduce-scatter, all groups at once),
@@ -179,7 +179,7 @@ class Adam(Group):
 
 
 class Optimizer:
-    """All groups of a model: 2-d weights of blocks for Muon, the embedding (with the head) and the rest for Adam."""
+    """All groups of a model: model.Linear's weights for Muon, the embedding (with its head) and the rest for Adam."""
 
     def __init__(
         self,
@@ -200,13 +200,12 @@ class Optimizer:
     ):
         embeddings, others, matrices = [], [], {}
         is_embedding = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        stacked = {id(m.weight): getattr(m, "stacked", 1) for m in model.modules() if isinstance(m, nn.Linear)}
-        in_blocks = {id(p) for name, p in model.named_parameters() if ".blocks." in f".{name}"}
+        stacked = {id(m.weight): m.stacked for m in model.modules() if hasattr(m, "stacked")}
         trained = [p for p in model.parameters() if p.requires_grad]
         for p in trained:
             if id(p) in is_embedding:
                 embeddings.append(p)
-            elif id(p) in in_blocks and p.ndim == 2:
+            elif id(p) in stacked:
                 matrices.setdefault((p.size(0) // stacked[id(p)], p.size(1)), []).append(p)
             else:
                 others.append(p)

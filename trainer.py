@@ -1,4 +1,4 @@
-"""Pretrains KBERT by masked language modelling on packed rows of whole documents.
+"""Pretrains KBERT on packed rows of whole documents, by masked language modelling or replaced-token detection.
 
     laptop, no data   torchrun --standalone --nproc_per_node=1 trainer.py --preset micro
     one GPU           torchrun --standalone --nproc_per_node=1 trainer.py --data.dir data/fineweb_edu
@@ -8,7 +8,6 @@
 repeats the run), curves.png, checkpoints/ and model/, the finished model in Hugging Face form. The same rows make up
 the same steps on any number of ranks.
 
-Shapes: T tokens in a row, N masked positions.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -42,7 +42,8 @@ import torch.distributed as dist
 import yaml
 from jsonargparse import ArgumentParser, set_loader
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt, restricted_number_type
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dataloading import (
     InputError,
@@ -51,22 +52,29 @@ from dataloading import (
     data_hash,
     describe_validation,
     first_line,
-    frozen_mask,
-    hash64,
     read_manifest,
     sha256_of,
     usable_cores,
 )
 from model import PRESETS as MODEL_PRESETS
-from model import KBERTConfig, KBERTForMaskedLM, compiled_backend, option, pack_slots
+from model import KBERTConfig, KBERTForMaskedLM, option
+from objectives import MaskedLM, ReplacedTokenDetection, mask_count
 from optimizer import POLAR_EXPRESS, Optimizer
-from records.log import MASKED_LAST_LAYER, Clock, RunLog, Work, cut_log, environment, log_line, peak_flops, read_code
+from records.log import Clock, RunLog, Work, cut_log, environment, log_line, peak_flops, read_code
 from records.plot import draw_curves
 
 ROOT = Path(__file__).resolve().parent
 SAMPLE = "data/sample"  # built from the documentation of the installed packages where it is missing
 # What a log carries, and --extract lays out to run again: this file and all that it imports from here
-MODULES = ("trainer.py", "model.py", "optimizer.py", "dataloading.py", "records/log.py", "records/plot.py")
+MODULES = (
+    "trainer.py",
+    "objectives.py",
+    "model.py",
+    "optimizer.py",
+    "dataloading.py",
+    "records/log.py",
+    "records/plot.py",
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -87,8 +95,13 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """How long, how much at once, how fast, and what is kept."""
+    """What is learned, how long, how much at once, how fast, and what is kept."""
 
+    objective: Literal["mlm", "rtd"] = option(
+        "mlm", "mlm: find masked words; rtd: tell words that a generator replaced"
+    )
+    generator_layers: PositiveInt | None = option(None, "layers of rtd's generator; none: half the model's")
+    detection_weight: PositiveFloat = option(50.0, "of the detector's loss, beside the generator's")
     steps: PositiveInt = option(10_000, "optimizer steps")
     max_minutes: PositiveFloat | None = option(None, "minutes of training time; replaces steps in the schedules")
     batch_tokens: PositiveInt = option(1_048_576, "tokens in an optimizer step, over all ranks, padding included")
@@ -116,8 +129,9 @@ class TrainConfig:
     lr_decay_shape: Literal["linear", "sqrt"] = option("linear", "how a trapezoid falls: linear, or 1 - sqrt")
     lr_floor: ClosedUnitInterval = option(0.05, "fraction of the learning rate at the end")
     momentum_warmup: ClosedUnitInterval = option(0.1, "fraction of the run in which Muon's momentum leaves 0.85")
-    mask_rate_start: MaskRate = option(0.30, "fraction of a row that is masked at the start")
-    mask_rate_end: MaskRate = option(0.15, "fraction of a row that is masked at the end")
+    mask_rate_start: MaskRate = option(0.30, "fraction of a row that is masked at the start (mlm)")
+    mask_rate_end: MaskRate = option(0.15, "fraction of a row that is masked at the end (mlm)")
+    replace_rate: MaskRate = option(0.15, "fraction of a row that the generator fills (rtd)")
     window_start: PositiveInt | None = option(None, "tokens in the first local window, grown by 64s; none: the model's")
 
     valid_every: NonNegativeInt = option(250, "steps between validations; 0: only at the end")
@@ -284,6 +298,8 @@ def muon_momentum(progress: float, c: TrainConfig) -> float:
 
 
 def mask_rate(progress: float, c: TrainConfig) -> float:
+    if c.objective == "rtd":
+        return c.replace_rate
     return c.mask_rate_start + (c.mask_rate_end - c.mask_rate_start) * progress
 
 
@@ -451,57 +467,6 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if old else torch.bfloat16
 
 
-def compile_each_shape(function: Callable) -> Callable:
-    """torch.compile with a graph for each shape. To run out of graphs is an error: what follows would run eagerly."""
-    torch._dynamo.config.recompile_limit = 128
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    return torch.compile(function, dynamic=False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Objective: masks for training, and the loss of validation
-
-
-def mask_count(rate: float, row_tokens: int) -> int:
-    """Masked positions in a row, a multiple of 16."""
-    return max(16, round(rate * row_tokens / 16) * 16)
-
-
-def draw_masks(row: Row, count: int, seed: int, mask_id: int) -> tuple[Tensor, ...]:
-    """What model.loss takes of a row of which `count` positions are masked, as corrupt() gives it.
-
-    Drawn on the row's device from (seed, number of the row), which no two steps share, so whatever the number of ranks.
-    """
-    # Down to 32 bits: the CPU's generator ignores what lies above.
-    (stirred,) = hash64(np.array([(seed << 40) + row.index])) >> np.uint64(32)
-    generator = torch.Generator(row.input_ids.device).manual_seed(int(stirred))
-    score = torch.rand(row.text.size(0), generator=generator, device=row.text.device).masked_fill(~row.text, -1)
-    return corrupt(row, score.topk(count, sorted=False).indices.sort().values, mask_id)
-
-
-def corrupt(row: Row, masked: Tensor, mask_id: int) -> tuple[Tensor, ...]:
-    """masked [N] -> input_ids, document_ids, positions [T], masked, targets [N]: -100 where `masked` is not text."""
-    text, original = row.text[masked], row.input_ids[masked]
-    input_ids = row.input_ids.index_put((masked,), torch.where(text, mask_id, original))
-    return input_ids, row.document_ids, row.positions, masked, torch.where(text, original, -100).long()
-
-
-def validate(loss_of: Callable, loader: Loader, mask_id: int, window: int, max_length: int, process: Process) -> float:
-    """Cross-entropy summed over the frozen masks of the whole validation set, over their number."""
-    total, count = torch.zeros((), dtype=torch.float64, device=process.device), 0
-    for row in loader:
-        masked = np.flatnonzero(frozen_mask(row.offsets))
-        count += len(masked)
-        # At least one position, and a multiple of 64: the filling points at [CLS] or padding, which has no target.
-        masked = torch.from_numpy(np.pad(masked, (0, -len(masked) % 64 or 64))).to(process.device)
-        # With gradients enabled, though unused: the graph that training compiled serves here too.
-        total += loss_of(*corrupt(row, masked, mask_id), max_seqlen=max_length, window=window).detach()
-    loss, count = process.sum(total.item(), count)
-    if not count:
-        raise InputError("the validation set holds no text to mask: raise --data.valid_tokens or pack more text")
-    return loss / count
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
@@ -521,8 +486,9 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
     os.replace(temporary, folder)
 
 
-def save_model(folder: Path, model: KBERTForMaskedLM, tokenizer) -> None:
-    model.save_pretrained(folder)
+def save_model(folder: Path, model: PreTrainedModel, tokenizer, weights: dict[str, Tensor] | None = None) -> None:
+    """weights: where the model's own are not what is to be saved."""
+    model.save_pretrained(folder, state_dict=weights)
     if tokenizer is None:
         return
     tokenizer.save_pretrained(folder)
@@ -670,19 +636,25 @@ MODEL_CARD = """---
 ---
 # {{ name }}
 
-A KBERT encoder: {{ run.config.num_hidden_layers }} layers x {{ run.config.hidden_size }},
-{{ "%.1f" % (run.parameters / 1e6) }}M parameters, pretrained by masked language modelling.
+A KBERT encoder: {{ config.num_hidden_layers }} layers x {{ config.hidden_size }},
+{{ "%.1f" % (parameters / 1e6) }}M parameters, pretrained by
+{{ "masked language modelling" if masked else "replaced-token detection" }}.
 
-| validation loss | tokens seen | model FLOPs | training time | hardware |
-|---|---|---|---|---|
-| {{ "%.4f" % run.val_loss }} | {{ "{:,}".format(run.work.tokens) }} | {{ flops }} | {{ time }} | {{ hardware }} |
+| {{ numbers | join(" | ") }} |
+|{{ "---|" * (numbers | length) }}
+| {{ numbers.values() | join(" | ") }} |
 
 ```python
+{% if masked -%}
 from transformers import pipeline
 pipeline("fill-mask", "{{ name }}", trust_remote_code=True)("The capital of France is {{ mask }}.")
+{%- else -%}
+from transformers import AutoModel
+encoder = AutoModel.from_pretrained("{{ name }}", trust_remote_code=True)
+{%- endif %}
 ```
 
-Trained on: {{ run.manifest["source"] | tojson }}
+Trained on: {{ manifest["source"] | tojson }}
 """
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -698,40 +670,32 @@ def model_config(specials: dict, max_length: int, values: dict) -> KBERTConfig:
         raise InputError(str(error)) from error
 
 
-def make_optimizer(model: KBERTForMaskedLM, train: TrainConfig, process: Process, compiled: bool) -> Optimizer:
+def make_objective(config: KBERTConfig, train: TrainConfig, max_length: int) -> MaskedLM | ReplacedTokenDetection:
+    if train.objective == "mlm":
+        return MaskedLM(config, train.seed, max_length)
+    if train.generator_layers is None:
+        train.generator_layers = -(-config.num_hidden_layers // 2)
+    return ReplacedTokenDetection(config, train.seed, max_length, train.generator_layers, train.detection_weight)
+
+
+def make_optimizer(network: nn.Module, train: TrainConfig, process: Process, compiled: bool) -> Optimizer:
     theirs = inspect.signature(Optimizer).parameters  # its settings have the names of ours
     settings = {name: value for name, value in vars(train).items() if name in theirs}
-    return Optimizer(model, rank=process.rank, world_size=process.world_size, compiled=compiled, **settings)
+    return Optimizer(network, rank=process.rank, world_size=process.world_size, compiled=compiled, **settings)
 
 
-def make_loss(model: KBERTForMaskedLM, compiled: bool) -> Callable:
-    """model.loss with the window in tokens of both sides, compiled once a window whatever the number of masks."""
-    if not compiled:
-        return lambda *row, max_seqlen, window: model.loss(*row, max_seqlen, window // 2)
-    backend = model.encoder.attention_backend = compiled_backend(model.device)
-    compiled_loss = compile_each_shape(model.loss)
-
-    def loss_of(input_ids, document_ids, positions, masked, targets, *, max_seqlen, window):
-        slots = pack_slots(document_ids, max_seqlen) if backend == "blockwise" else None
-        for tensor in (masked, targets) if slots is None else (masked, targets, slots):
-            torch._dynamo.mark_dynamic(tensor, 0)
-        return compiled_loss(input_ids, document_ids, positions, masked, targets, max_seqlen, window // 2, slots)
-
-    return loss_of
-
-
-def warm_up(model: KBERTForMaskedLM, loss_of: Callable, train: TrainConfig, row_tokens: int, max_length: int) -> None:
+def warm_up(objective: MaskedLM | ReplacedTokenDetection, train: TrainConfig, row_tokens: int, max_length: int) -> None:
     """Compiles forward and backward for every window of the run, on made-up documents; leaves gradients behind.
 
     With as many masked positions as the run will ever have, so that a row which fits here fits throughout.
     """
-    token = torch.arange(row_tokens, device=model.device, dtype=torch.int32)
-    input_ids, full = token * 31 % model.config.vocab_size, model.config.local_attention_window
-    most = mask_count(max(train.mask_rate_start, train.mask_rate_end), row_tokens)
-    masked = torch.arange(most, device=model.device)
-    row = input_ids, token // max_length, token % max_length, masked, input_ids[masked].long()
+    config, token = objective.model.config, torch.arange(row_tokens, device=objective.model.device, dtype=torch.int32)
+    ids, text = token * 31 % config.vocab_size, torch.ones_like(token, dtype=torch.bool)
+    nowhere = np.full(row_tokens, -1)
+    row = Row(0, ids, token // max_length, token % max_length, text, nowhere, [row_tokens], nowhere, {})
+    most, full = mask_count(max(mask_rate(0, train), mask_rate(1, train)), row_tokens), config.local_attention_window
     for window in sorted({local_window(promille / 1000, train, full) for promille in range(1001)}):
-        loss_of(*row, max_seqlen=max_length, window=window).backward()
+        objective.loss(row, most, window, 1, 1)[0].backward()
 
 
 def candidate_rows(train: TrainConfig, process: Process) -> list[int]:
@@ -773,8 +737,6 @@ def fit_row_tokens(sizes: list[int], process: Process, attempt: Callable[[int], 
 
 class Run:
     """One pretraining: set up, trained, and finished by the methods below, in this order."""
-
-    flops_counted_by = MASKED_LAST_LAYER
 
     def __init__(self, process: Process, settings: dict, argv: list[str], code: dict[str, str]):
         """settings: as parse_flags gives them. code: read_code() of when the program started."""
@@ -850,19 +812,19 @@ class Run:
         torch.manual_seed(train.seed)
         torch.set_float32_matmul_precision("high")
         self.config = model_config(self.manifest["tokenizer"], self.data.max_length, self.model_values)
-        self.model = KBERTForMaskedLM(self.config).to(process.device)
-        self.model.encoder.compute_dtype = compute_dtype(process.device)
-        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.objective = make_objective(self.config, train, self.data.max_length)
+        self.network, self.flops_counted_by = self.objective.network, self.objective.flops_counted_by
+        self.parameters = sum(p.numel() for p in self.network.parameters())
         obstacle = why_eager(process.device)
         self.compiled = train.compile and obstacle is None
         if train.compile and obstacle and process.is_main:
             print(f"running eagerly, several times slower: {obstacle}")
-        self.optimizer = make_optimizer(self.model, train, process, self.compiled)
-        self.loss_of = make_loss(self.model, self.compiled)
+        self.objective.prepare(process.device, compute_dtype(process.device), self.compiled)
+        self.optimizer = make_optimizer(self.network, train, process, self.compiled)
 
         def attempt(row_tokens: int) -> None:
-            self.model.zero_grad(set_to_none=True)
-            warm_up(self.model, self.loss_of, train, row_tokens, self.data.max_length)
+            self.network.zero_grad(set_to_none=True)
+            warm_up(self.objective, train, row_tokens, self.data.max_length)
 
         started = time.perf_counter()
         self.row_tokens = fit_row_tokens(candidate_rows(train, process), process, attempt)
@@ -875,9 +837,11 @@ class Run:
         """Progress, from the checkpoint if there is one, and the loader that goes on from there."""
         process = self.process
         self.step, self.clock, self.work, self.loader_state = 0, Clock(process.device), Work(), None
-        self.val_loss, self.validated_step = None, -1
+        self.validated, self.validated_step = {}, -1  # val_loss and its kin, and when
         shape = {name: value for name, value in self.config.to_dict().items() if name != "transformers_version"}
         self.identity = {
+            "objective": self.train.objective,
+            "generator_layers": self.train.generator_layers,
             "model": shape,
             "data": data_hash(self.manifest),
             "seed": self.train.seed,
@@ -895,18 +859,16 @@ class Run:
 
         state = self.saved
         here = json.loads(json.dumps(self.identity))
-        if different := [name for name in here if state["identity"][name] != here[name]]:
+        if different := [name for name in here if state["identity"].get(name) != here[name]]:
             raise InputError(
                 f"{self.checkpoint} was made with other settings ({', '.join(different)}): "
                 "resume with those, or start a new --train.run_name"
             )
-        weights = load_file(self.checkpoint / "model.safetensors", device=str(self.process.device))
-        found = self.model.load_state_dict(weights, strict=False)
-        assert set(found.missing_keys) <= {"lm_head.weight"} and not found.unexpected_keys, found  # the head is tied
+        self.objective.load(self.checkpoint)
         self.optimizer.load_state_dict(load_file(self.checkpoint / "optimizer.safetensors"))
         self.step, self.clock.seconds, self.loader_state = state["step"], state["seconds"], state["loader"]
         self.work = Work(**state["work"])
-        self.val_loss, self.validated_step = state["val_loss"], state["validated_step"]
+        self.validated, self.validated_step = state["validated"], state["validated_step"]
 
     def loader_of(self, split: str, process: Process, **more) -> Loader:
         size, longest = self.row_tokens, self.data.max_length
@@ -965,7 +927,7 @@ class Run:
         }
         machine = environment(process.device, process.world_size)
         self.log.open(self.argv, self.resolved(), {**machine, **measured}, data, self.code)
-        embedding = self.model.get_input_embeddings().weight.numel()
+        embedding = sum(m.weight.numel() for m in self.network.modules() if isinstance(m, nn.Embedding))
         self.log.section(
             "run",
             f"{self.folder}: {self.parameters / 1e6:.1f}M parameters "
@@ -1009,8 +971,8 @@ class Run:
                 self.clock.stop()
                 self.write_losses()
             if validation_due and self.step > self.validated_step and (finished or not stopped):
-                self.val_loss, self.validated_step = self.validate(self.valid_loader), self.step
-                self.write_line(val_loss=self.val_loss)
+                self.validated, self.validated_step = self.validate(self.valid_loader), self.step
+                self.write_line(**self.validated)
             if (save_due or stopped) and self.step > self.resumed_step:
                 self.clock.stop()
                 self.save(push=not stopped)
@@ -1041,13 +1003,12 @@ class Run:
         batch = [next(self.rows) for _ in range(accum)]
         self.data_wait += time.perf_counter() - waiting
         targets_in_step = sum(min(masks, text) for row in batch for text in row.round_text)  # over all ranks
-        loss = torch.zeros((), device=self.process.device)
+        text_in_step = sum(text for row in batch for text in row.round_text)
+        measured = torch.zeros(len(self.objective.measures), device=self.process.device)
         for row in batch:
-            masked_row = draw_masks(row, masks, train.seed, self.config.mask_token_id)
-            row_loss = self.loss_of(*masked_row, max_seqlen=self.data.max_length, window=self.window)
-            row_loss = row_loss / targets_in_step  # so that the sum over rows and ranks is a mean over targets
-            row_loss.backward()
-            loss += row_loss.detach()
+            loss, measures = self.objective.loss(row, masks, self.window, targets_in_step, text_in_step)
+            loss.backward()
+            measured += measures
         self.optimizer.step(factor, muon_momentum(progress, train))
         self.step += 1
         self.loader_state = batch[-1].state
@@ -1060,46 +1021,47 @@ class Run:
             "batch_tokens": accum * self.process.world_size * self.row_tokens,
             "rows": [row.index for row in batch],
         }
-        self.unread.append((self.step, loss, metrics))
+        self.unread.append((self.step, measured, metrics))
 
     def write_losses(self) -> None:
         """Fetches the losses since the last line, stops at one that is not finite, writes the last."""
         if not self.unread:
             return
-        losses = self.process.sum(*torch.stack([loss for _, loss, _ in self.unread]).tolist())
-        for loss, (step, _, metrics) in zip(losses, self.unread):
+        names, measured = self.objective.measures, torch.stack([measures for _, measures, _ in self.unread])
+        measured = np.reshape(self.process.sum(*measured.flatten().tolist()), (-1, len(names))).tolist()
+        for (loss, *_), (step, _, metrics) in zip(measured, self.unread):
             if not math.isfinite(loss):
                 muon, embedding = metrics["lr"], self.train.embed_lr * metrics["lr_factor"]
                 rates = f"learning rates {muon:.4g} (muon) and {embedding:.4g} (embedding)"
                 raise not_finite(f"the loss of step {step} is {loss}, at {rates}, rows {metrics['rows']}")
-        self.write_line(train_loss=losses[-1], **self.unread[-1][2], data_wait_seconds=self.data_wait)
+        measures = dict(zip(names, measured[-1]))
+        self.write_line(**measures, **self.unread[-1][2], data_wait_seconds=self.data_wait)
         self.unread.clear()
 
     def write_line(self, **values: object) -> None:
-        """values: train_loss or val_loss, and what metrics.jsonl alone says."""
+        """values: train_loss or val_loss and its kin, and what metrics.jsonl alone says."""
         if not self.log:
             return
         seconds, flops = self.clock.seconds, self.flops()
         said = {"tokens": self.work.tokens, "flops": flops, "mfu": flops / max(seconds, 1e-9) / self.peak}
-        losses = {name: value for name, value in values.items() if name in ("train_loss", "val_loss")}
+        losses = {name: value for name, value in values.items() if name == "train_loss" or name.startswith("val_")}
         line = log_line(self.step, self.steps, seconds, **losses, **said)
         self.log.step(line, "val_loss" in values, step=self.step, **values, seconds=seconds, **said)
         self.log.bar.update(self.step - self.log.bar.n)
 
     def flops(self) -> float:
-        return self.work.training_flops(self.config, self.flops_counted_by)
+        return self.work.training_flops(self.config, self.flops_counted_by, self.train.generator_layers)
 
-    def validate(self, loader: Loader) -> float:
-        mask_id, longest = self.config.mask_token_id, self.data.max_length
-        loss = validate(self.loss_of, loader, mask_id, self.window, longest, self.process)
-        if not math.isfinite(loss):
-            raise not_finite(f"the validation loss after step {self.step} is {loss}")
-        return loss
+    def validate(self, loader: Loader) -> dict[str, float]:
+        found = self.objective.validate(loader, self.window, self.process.sum)
+        if not all(math.isfinite(value) for value in found.values()):
+            raise not_finite(f"the validation loss after step {self.step} is {found['val_loss']}")
+        return found
 
     # --- saving
 
     def save(self, push: bool) -> None:
-        finite = all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+        finite = all(bool(torch.isfinite(p).all()) for p in self.network.parameters())
         if not finite:  # the loss would tell only at the next step
             raise not_finite(f"the weights after step {self.step} are not finite")
         optimizer_state = self.optimizer.state_dict()  # every rank holds a part
@@ -1118,7 +1080,7 @@ class Run:
             "seconds": self.clock.seconds,
             "work": dataclasses.asdict(self.work),
             "loader": self.loader_state,
-            "val_loss": self.val_loss,
+            "validated": self.validated,
             "validated_step": self.validated_step,
             "log": self.log.ends(),
             "peak_flops": self.peak,
@@ -1127,8 +1089,11 @@ class Run:
         }
 
         def write(into: Path) -> None:
-            save_model(into, self.model, self.tokenizer)
+            for name, (model, weights) in self.objective.parts().items():
+                save_model(into / name, model, self.tokenizer, weights)
             save_file(optimizer_state, into / "optimizer.safetensors")
+            if extra := self.objective.extra_state():
+                save_file(extra, into / "extra.safetensors")
             (into / "state.json").write_text(json.dumps(state))
             write_hashes(into)
 
@@ -1146,7 +1111,8 @@ class Run:
             shutil.rmtree(old)
         if self.hub and push:
             copy = self.folder / "to_push" / folder.name
-            save_folder(copy, lambda into: save_model(into, self.model, self.tokenizer))
+            model, weights = self.objective.parts()[""]
+            save_folder(copy, lambda into: save_model(into, model, self.tokenizer, weights))
             self.hub.push(copy, folder.name)
         self.log.section("saved", str(folder), echo=True)
 
@@ -1155,42 +1121,51 @@ class Run:
     def finish(self) -> None:
         """Test loss, the model in Hugging Face form, and the result."""
         has_test = any(entry["split"] == "test" and entry["tokens"] for entry in self.manifest["shards"].values())
-        self.test_loss = self.validate(self.validation_loader("test", self.process)) if has_test else None
+        self.test_loss = self.validate(self.validation_loader("test", self.process))["val_loss"] if has_test else None
         self.process.on_main(self.write_result)
 
     def write_result(self) -> None:
-        model = self.folder / "model"
-        save_folder(model, self.write_model)
+        for part in self.objective.parts():
+            save_folder(self.folder / (part or "model"), partial(self.write_model, part))
         result = {
             "run": str(self.folder),
             "step": self.step,
             "finished": True,
-            "val_loss": self.val_loss,
+            **self.validated,
             "test_loss": self.test_loss,
             "seconds": self.clock.seconds,
             "flops": self.flops(),
             "flops_counted_by": self.flops_counted_by,
             "work": dataclasses.asdict(self.work),
             "parameters": self.parameters,
-            "model_sha256": sha256_of(model / "model.safetensors"),
+            "model_sha256": sha256_of(self.folder / "model" / "model.safetensors"),
         }
         self.log.close(result)
 
-    def write_model(self, into: Path) -> None:
+    def write_model(self, part: str, into: Path) -> None:
         from huggingface_hub import ModelCard, ModelCardData
 
-        save_model(into, self.model, self.tokenizer)
-        tags = ["kbert", "encoder", "masked-lm"]
-        data = ModelCardData(library_name="transformers", pipeline_tag="fill-mask", license="mit", tags=tags)
+        model, weights = self.objective.parts()[part]
+        save_model(into, model, self.tokenizer, weights)
+        masked = isinstance(model, KBERTForMaskedLM)
+        shown = ("val_loss",) if masked else ("val_accuracy", "val_f1", "val_auc")
+        numbers = {name.replace("val_", "validation "): f"{self.validated[name]:.4f}" for name in shown}
+        numbers |= {"tokens seen": f"{self.work.tokens:,}", "model FLOPs": f"{self.flops():.3e}"}
+        numbers["training time"] = f"{self.clock.seconds / 60:.1f} min"
         device = environment(self.process.device, self.process.world_size)["device"]
+        numbers["hardware"] = f"{self.process.world_size} x {device}"
+        tags = ["kbert", "encoder", "masked-lm" if masked else "replaced-token-detection"]
+        task = "fill-mask" if masked else "feature-extraction"
+        data = ModelCardData(library_name="transformers", pipeline_tag=task, license="mit", tags=tags)
         card = ModelCard.from_template(
             data,
             template_str=MODEL_CARD,
-            run=self,
+            manifest=self.manifest,
+            config=model.config,
+            parameters=model.num_parameters(),
+            masked=masked,
+            numbers=numbers,
             name=self.train.hf_model_name or self.folder.name,
-            flops=f"{self.flops():.3e}",
-            time=f"{self.clock.seconds / 60:.1f} min",
-            hardware=f"{self.process.world_size} x {device}",
             mask=getattr(self.tokenizer, "mask_token", "[MASK]"),
         )
         (into / "README.md").write_text(str(card), encoding="utf-8")
@@ -1214,16 +1189,19 @@ class Run:
 
     def print_summary(self) -> None:
         unigram = self.validation["unigram_loss"]
-        print(f"\nvalidation loss  {self.val_loss:.4f}   (unigram frequencies alone: {unigram:.4f}; below: context)")
+        loss, *detection = self.validated.values()
+        print(f"\nvalidation loss  {loss:.4f}   (unigram frequencies alone: {unigram:.4f}; below: context)")
+        if detection:
+            print("detection        {:.4f} right, F1 {:.4f}, area under the ROC {:.4f}".format(*detection))
         if self.test_loss is not None:
             print(f"test loss        {self.test_loss:.4f}")
         print(f"tokens           {self.work.tokens:,}")
-        print(f"model FLOPs      {self.work.training_flops(self.config):.3e}")
+        print(f"model FLOPs      {self.flops():.3e}")
         print(f"training time    {self.clock.seconds:.1f} s")
         print(f"log              {self.folder / 'log.txt'}")
         print(f"model            {self.folder / 'model'}")
         if self.tokenizer is not None:
-            print("\n".join(answers(self.model, self.tokenizer)))
+            print("\n".join(answers(self.objective.masked_lm, self.tokenizer)))
 
 
 def not_finite(what: str) -> InputError:

@@ -59,6 +59,7 @@ class Clock:
 # How FLOPs are counted, by the name that a log gives: another way to count gets another name, and old logs stay valid.
 MASKED_LAST_LAYER = "masked-last-layer"  # behind its attention, the last layer computes masked positions alone
 WHOLE_LAST_LAYER = "whole-last-layer"
+GENERATOR_AND_DETECTOR = "generator-and-detector"  # a masked LM of generator_layers, and a head of d x d on every token
 
 
 @dataclass
@@ -79,15 +80,25 @@ class Work:
         self.local_pairs += int(np.where(lengths > side, inside, lengths**2).sum())
         self.masked += masked
 
-    def training_flops(self, config: KBERTConfig, counted_by: str = MASKED_LAST_LAYER) -> float:
+    def training_flops(self, config: KBERTConfig, counted_by: str, generator_layers: int | None = None) -> float:
         """Those of matrix products, forward and backward; the backward costs twice the forward."""
-        d, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+        d, f = config.hidden_size, config.intermediate_size
+        layers = self.layer_flops(config, config.num_hidden_layers)
+        head = 2 * self.masked * d * config.vocab_size
+        left_out = 2 * (self.tokens - self.masked) * (d * d + 3 * d * f)  # by a last layer of masked positions alone
+        if counted_by == WHOLE_LAST_LAYER:
+            return 3.0 * (layers + head)
+        if counted_by == MASKED_LAST_LAYER:
+            return 3.0 * (layers + head - left_out)
+        generator = self.layer_flops(config, generator_layers) + head - left_out
+        return 3.0 * (generator + layers + 2 * self.tokens * d * (d + 1))
+
+    def layer_flops(self, config: KBERTConfig, layers: int) -> float:
+        """Of the forward through so many layers."""
+        d, f = config.hidden_size, config.intermediate_size
         global_layers = sum(config.is_global(layer) for layer in range(layers))
         matrices = 2 * self.tokens * layers * (4 * d * d + 3 * d * f)
-        if counted_by == MASKED_LAST_LAYER:
-            matrices -= 2 * (self.tokens - self.masked) * (d * d + 3 * d * f)
-        attention = 4 * d * (global_layers * self.global_pairs + (layers - global_layers) * self.local_pairs)
-        return 3.0 * (matrices + attention + 2 * self.masked * d * config.vocab_size)
+        return matrices + 4 * d * (global_layers * self.global_pairs + (layers - global_layers) * self.local_pairs)
 
 
 # Dense bf16 FLOP/s of the data sheets, the first name that fits
@@ -132,7 +143,9 @@ LOG_LINE = re.compile(
     r"step:(?P<step>\d+)/(?P<steps>\d+|-)"  # "-": a run by the clock has no planned number of steps
     r"(?: epoch:(?P<epoch>\d+\.\d+))?"
     r"(?: train_loss:(?P<train_loss>\d+\.\d+))?(?: lr:(?P<lr>\d\.\d+e[+-]\d+))?"
-    r"(?: val_loss:(?P<val_loss>\d+\.\d+))?(?: dev_score:(?P<dev_score>-?\d+\.\d+))?"
+    r"(?: val_loss:(?P<val_loss>\d+\.\d+))?"
+    r"(?: val_accuracy:(?P<val_accuracy>\d\.\d+) val_f1:(?P<val_f1>\d\.\d+) val_auc:(?P<val_auc>\d\.\d+))?"
+    r"(?: dev_score:(?P<dev_score>-?\d+\.\d+))?"
     r" train_time:(?P<train_time>\d+)ms"
     r"(?: step_avg:(?P<step_avg>\d+\.\d+)ms tokens:(?P<tokens>\d+)"
     r" flops:(?P<flops>\d\.\d+e[+-]\d+) mfu:(?P<mfu>\d\.\d+))?$"
@@ -142,6 +155,9 @@ LINE_FORMATS = {
     "train_loss": ".4f",
     "lr": ".3e",
     "val_loss": ".4f",
+    "val_accuracy": ".4f",  # of a detector of replaced tokens, like the two below
+    "val_f1": ".4f",
+    "val_auc": ".4f",
     "dev_score": ".4f",
     "train_time": ".0f",  # milliseconds, like step_avg
     "step_avg": ".2f",

@@ -35,7 +35,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataloading import InputError, Loader, Row, first_line, read_manifest
-from model import PRESETS, KBERTConfig, KBERTForMaskedLM, KBERTModel, attend, flex_mask
+from model import PRESETS, KBERTConfig, KBERTModel, attend, flex_mask
+from objectives import mask_count
 from records.baseline.modernbert import Reference
 from records.log import Work, peak_flops
 from trainer import PRESETS as TRAINER_PRESETS
@@ -45,12 +46,10 @@ from trainer import (
     Process,
     TrainConfig,
     compute_dtype,
-    draw_masks,
     join_processes,
     locate_data,
-    make_loss,
+    make_objective,
     make_optimizer,
-    mask_count,
     model_config,
     warm_up,
     why_eager,
@@ -62,19 +61,20 @@ MASK_RATE = 0.30  # of the timed steps: ModernBERT's
 class Ours:
     """KBERT: blockwise or FlexAttention on packed rows, Muon and Adam, compiled where there is a compiler."""
 
-    name = "kbert"
-
-    def __init__(self, config: KBERTConfig, preset: str, row_tokens: int, max_length: int, process: Process):
+    def __init__(
+        self, config: KBERTConfig, preset: str, row_tokens: int, max_length: int, process: Process, objective="mlm"
+    ):
         torch.manual_seed(1)
-        self.config, self.max_length = config, max_length
+        self.name = "kbert" if objective == "mlm" else f"kbert {objective}"
+        self.config = config
         settings = [(name.split("."), value) for name, value in TRAINER_PRESETS[preset].items()]
-        train = TrainConfig(**{name: value for (group, name), value in settings if group == "train"})
-        self.model = KBERTForMaskedLM(config).to(process.device)
-        self.model.encoder.compute_dtype = compute_dtype(process.device)
+        self.train = TrainConfig(**{name: value for (group, name), value in settings if group == "train"})
+        self.train.objective = objective
+        self.objective = make_objective(config, self.train, max_length)
         compiled = why_eager(process.device) is None
-        self.optimizer = make_optimizer(self.model, train, process, compiled)
-        self.loss_of = make_loss(self.model, compiled)
-        warm_up(self.model, self.loss_of, train, row_tokens, max_length)
+        self.objective.prepare(process.device, compute_dtype(process.device), compiled)
+        self.optimizer = make_optimizer(self.objective.network, self.train, process, compiled)
+        warm_up(self.objective, self.train, row_tokens, max_length)
         self.optimizer.step(lr_factor=0.0, momentum=0.0)  # compiles the rest
         self.optimizer.reset()
 
@@ -84,11 +84,15 @@ class Ours:
         return loss
 
     def gradients(self, row: Row, count: int) -> Tensor:
-        masked_row = draw_masks(row, count, 1, self.config.mask_token_id)
-        loss = self.loss_of(*masked_row, max_seqlen=self.max_length, window=self.config.local_attention_window)
-        loss = loss / min(count, row.round_text[0])
+        text, window = row.round_text[0], self.config.local_attention_window
+        loss, measures = self.objective.loss(row, count, window, min(count, text), text)
         loss.backward()
-        return loss.detach()
+        return measures[0]
+
+    def flops(self, row: Row, count: int) -> float:
+        work, counted_by = Work(), self.objective.flops_counted_by
+        work.add(row.round_lengths, count, self.config.local_attention_window)
+        return work.training_flops(self.config, counted_by, self.train.generator_layers)
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -141,8 +145,7 @@ def compare_steps(arguments, config: KBERTConfig, new_loader: Callable, process:
     rates = found["tokens/s"].drop(ours.name)
     if rates.empty:
         raise InputError("no reference fits into the GPU's memory: lower --reference-row-tokens")
-    work = Work()
-    work.add(next(rows[ours.name]).round_lengths, mask_count(MASK_RATE, row_tokens), config.local_attention_window)
+    flops = ours.flops(next(rows[ours.name]), mask_count(MASK_RATE, row_tokens))
     mine, best = found.loc[ours.name], rates.idxmax()
     return {
         "ours_tokens_per_s": round(mine["tokens/s"]),
@@ -150,9 +153,34 @@ def compare_steps(arguments, config: KBERTConfig, new_loader: Callable, process:
         "ratio": round(mine["tokens/s"] / rates[best], 3),
         "reference": best,
         "variants": rates.round().astype(int).to_dict(),
-        "mfu": round(work.training_flops(config) / mine["seconds"] / peak_flops(device), 4),
+        "mfu": round(flops / mine["seconds"] / peak_flops(device), 4),
         "ours_peak_memory_mb": round(memory[ours.name]),
     }
+
+
+def compare_objectives(arguments, config: KBERTConfig, loader: Loader, process: Process) -> dict:
+    """A step of each objective, in turn: tokens/s, and how much of the machine's FLOP/s it uses."""
+    shape = arguments.preset, arguments.row_tokens, arguments.max_length
+    rates = {"mlm": MASK_RATE, "rtd": TrainConfig.replace_rate}
+    sides = {name: Ours(config, *shape, process, objective=name) for name in rates}
+    counts = {name: mask_count(rate, arguments.row_tokens) for name, rate in rates.items()}
+    rows, steps = iter(loader), []
+    for turn in range(1 + arguments.rounds):
+        for name, side in sides.items():
+            for row in [next(rows) for _ in range(arguments.steps if turn else 2)]:
+                start = time.perf_counter()
+                side.step(row, counts[name]).item()  # waits for a GPU
+                spent = time.perf_counter() - start
+                if turn:
+                    tokens = int(row.round_lengths.sum())
+                    steps.append((name, spent, tokens / spent, side.flops(row, counts[name]) / spent))
+    found = pandas.DataFrame(steps, columns=["objective", "seconds", "tokens/s", "FLOP/s"])
+    found = found.groupby("objective", sort=False).median()
+    found["mfu"] = found["FLOP/s"] / peak_flops(process.device)
+    print(found.to_string(float_format="{:,.3f}".format))
+    ratio = found.loc["rtd"] / found.loc["mlm"]
+    print("rtd / mlm: {:.2f} of the time, {:.2f} of the FLOP/s".format(ratio["seconds"], ratio["FLOP/s"]))
+    return {"seconds": found["seconds"].round(4).to_dict(), "mfu": found["mfu"].round(4).to_dict()}
 
 
 # Kernels by name, the first that fits; the optimizer's are counted apart. On a CPU, bmm is attention by tiles, and what
@@ -404,6 +432,7 @@ def read_arguments() -> argparse.Namespace:
     add("--rounds", type=int, default=5, help="turns of each side [5]")
     add("--steps", type=int, default=3, help="timed steps in a turn [3]")
     add("--profile", action="store_true", help="measure our step by kind of kernel")
+    add("--objectives", action="store_true", help="measure a step of masked LM and of replaced-token detection")
     add("--attention", action="store_true", help="measure one layer's attention in four ways, on a GPU")
     add("--inference", action="store_true", help="measure the padded forward against ModernBertModel's")
     add("--loader", action="store_true", help="measure the loader alone")
@@ -435,6 +464,8 @@ def main() -> None:
             result = measure_packing(directory, arguments.packing)
         elif arguments.profile:
             result = profile_step(arguments, config, new_loader(), process)
+        elif arguments.objectives:
+            result = compare_objectives(arguments, config, new_loader(), process)
         elif arguments.attention:
             result = compare_attention(config, new_loader(), process)
         else:

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from dataloading import sha256_of, write_manifest, write_shard
 from model import PRESETS, KBERTConfig
-from records.log import PEAK_FLOPS, Work, environment, read_log
+from records.log import MASKED_LAST_LAYER, PEAK_FLOPS, Work, environment, read_log
 from trainer import why_eager
 
 MODERNBERT = {"vocab_size": 50_368, "cls": 50_281, "sep": 50_282, "pad": 50_283, "mask": 50_284, "unk": 50_280}
@@ -254,7 +254,7 @@ def expected_rate(preset: str, gpu: str, tokens: int = 65_536, longest: int = 10
     seconds += attention / (0.35 * peak) + 2.5 * attention / (0.24 * peak)
     work = Work()
     work.add(np.full(tokens // longest, longest), masked, config.local_attention_window)
-    return tokens / seconds, work.training_flops(config) / seconds / peak
+    return tokens / seconds, work.training_flops(config, MASKED_LAST_LAYER) / seconds / peak
 
 
 def expectations() -> str:
@@ -279,8 +279,9 @@ def probe(machine: Machine, preset: str) -> None:
     import warnings
 
     from dataloading import Loader, read_manifest
+    from objectives import mask_count
     from tests.benchmark import Ours
-    from trainer import Process, fit_row_tokens, mask_count, model_config
+    from trainer import Process, fit_row_tokens, model_config
 
     shape = dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=1, intermediate_size=64)
     shape = shape if machine.small else PRESETS[preset]

@@ -37,7 +37,8 @@ from model import (
     pack_slots,
     slot_tiles,
 )
-from trainer import draw_masks, main, make_loss, read_settings
+from objectives import compile_rows, draw_masks
+from trainer import main, read_settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -103,7 +104,7 @@ def test_the_compiled_step_gives_the_gradients_of_the_cpu():
     model.loss(*row, 256).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    loss_of = make_loss(model.cuda(), compiled=True)
+    loss_of = compile_rows(model.loss, model.cuda().encoder, compiled=True)
     loss_of(*(x.cuda() for x in row), max_seqlen=256, window=16).backward()
     for name, p in model.named_parameters():
         assert (p.grad.cpu() - expected[name]).norm() <= 1e-2 * expected[name].norm() + 1e-5, name
@@ -114,7 +115,7 @@ def test_one_compilation_serves_every_row_and_masking_rate(tmp_path):
     model = tiny(vocab_size=64, hidden_size=128, num_attention_heads=2).cuda()
     model.encoder.compute_dtype = torch.bfloat16
     loader = Loader(path, read_manifest(path), "train", 1024, 100, seed=1, device="cuda")
-    loss_of = make_loss(model, compiled=True)
+    loss_of = compile_rows(model.loss, model.encoder, compiled=True)
     for count, row in zip((64, 128, 192, 256), loader):
         loss_of(*draw_masks(row, count, 1, 3), max_seqlen=100, window=16).backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -147,7 +148,7 @@ def test_the_base_model_takes_a_row_of_64k_tokens():
     token = torch.arange(65536, device="cuda", dtype=torch.int32)
     masked = torch.arange(0, 65536, 4, device="cuda")
     row = token % 50_000, token // 1024, token % 1024, masked, (masked * 7) % 50_000
-    loss = make_loss(model, compiled=True)(*row, max_seqlen=1024, window=128)
+    loss = compile_rows(model.loss, model.encoder, compiled=True)(*row, max_seqlen=1024, window=128)
     loss.backward()
     assert loss.item() / len(masked) == pytest.approx(math.log(50_368), abs=0.3)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

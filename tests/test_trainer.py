@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+import objectives
 import records.log
 import records.plot
 import trainer
@@ -37,17 +38,16 @@ from conftest import (
 from dataloading import InputError, Loader, frozen_mask, read_manifest
 from hub_stand_in import Hub
 from model import KBERTConfig
-from records.log import LOG_LINE, WHOLE_LAST_LAYER, Work, log_line, peak_flops, read_log
+from objectives import compile_rows, draw_masks
+from records.log import LOG_LINE, MASKED_LAST_LAYER, WHOLE_LAST_LAYER, Work, log_line, peak_flops, read_log
 from trainer import (
     PRESETS,
     DataConfig,
     TrainConfig,
     batch_factor,
-    draw_masks,
     local_window,
     lr_factor,
     main,
-    make_loss,
     make_parser,
     mask_rate,
     muon_momentum,
@@ -204,7 +204,7 @@ def test_flops_count_what_is_attended_to():
     work.add(lengths[2:], 6, 16)
     whole = 3 * (matrices + attention + 2 * 10 * 64 * 100)
     assert work.training_flops(config, WHOLE_LAST_LAYER) == whole
-    assert work.training_flops(config) == whole - 3 * 2 * (lengths.sum() - 10) * sum(
+    assert work.training_flops(config, MASKED_LAST_LAYER) == whole - 3 * 2 * (lengths.sum() - 10) * sum(
         r * c for r, c in [(64, 64), (256, 64), (64, 128)]
     )
 
@@ -259,9 +259,12 @@ def test_one_graph_serves_every_row_and_masking_rate(corpus, monkeypatch):
     """What a GPU compiles, by the compiler's front end alone, and that it is the loss of the other attention."""
     model = tiny(vocab_size=64, hidden_size=128, num_attention_heads=2)
     rows = iter(Loader(corpus, read_manifest(corpus), "train", 1024, 100, seed=1))
-    monkeypatch.setattr(trainer, "compiled_backend", lambda device: "flex")
+    monkeypatch.setattr(objectives, "compiled_backend", lambda device: "flex")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
-    compiled, eager = make_loss(model, compiled=True), make_loss(model, compiled=False)
+    compiled, eager = (
+        compile_rows(model.loss, model.encoder, compiled=True),
+        compile_rows(model.loss, model.encoder, compiled=False),
+    )
     torch._dynamo.utils.counters.clear()
     with torch.no_grad():
         for count in (64, 128, 192, 256, 65):
@@ -281,7 +284,7 @@ def test_many_windows_are_compiled_and_too_many_are_an_error(corpus, monkeypatch
     model = tiny(vocab_size=64, hidden_size=128, num_attention_heads=2)
     row = next(iter(Loader(corpus, read_manifest(corpus), "train", 1024, 100, seed=1)))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    loss_of, masked_row = make_loss(model, compiled=True), draw_masks(row, 64, 1, 3)
+    loss_of, masked_row = compile_rows(model.loss, model.encoder, compiled=True), draw_masks(row, 64, 1, 3)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with torch.no_grad():

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from dataloading import InputError, Loader, Row, frozen_mask
 from model import KBERTConfig
+from objectives import draw_masks, mask_count
 from records.log import WHOLE_LAST_LAYER, read_code
 from trainer import MODULES as TRAINER_MODULES
 from trainer import (
@@ -37,11 +38,9 @@ from trainer import (
     Process,
     Run,
     TrainConfig,
-    draw_masks,
     join_processes,
     lr_factor,
     make_parser,
-    mask_count,
     mask_rate,
     model_config,
     parse_flags,
@@ -213,10 +212,10 @@ class BaselineRun(Run):
         metrics = {"lr": self.lr * factor, "mask_rate": masks / self.row_tokens, "rows": [row.index]}
         self.unread.append((self.step, loss, metrics))
 
-    def validate(self, loader: Loader) -> float:
+    def validate(self, loader: Loader) -> dict[str, float]:
         loss = self.reference.validation_loss(loader)
         self.check_finite(loss, f"the validation loss after step {self.step}")
-        return loss
+        return {"val_loss": loss}
 
     def check_finite(self, loss: float, what: str) -> None:
         if not math.isfinite(loss):
