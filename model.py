@@ -404,14 +404,15 @@ class HeadLoss(torch.autograd.Function):
         own = own * own_factor  # [N] the target's logit
         word = torch.arange(weight.size(0), device=weight.device, dtype=torch.int32)
         weights = torch.where(word < vocab_size, (x * factor).exp(), 0.0)
-        total = weights.sum(-1)  # [N]
+        sums = None if uniform is None else weights.unflatten(1, (-1, 128)).sum(-1)
+        total = (weights if sums is None else sums).sum(-1)  # [N]
         own_gradient = (own.exp() - total) * own_factor**3
         gradient = (weights * factor**3).to(logits.dtype).scatter(1, target, own_gradient[:, None].to(logits.dtype))
         ctx.save_for_backward(hidden, weight, gradient, has_target / total)
         loss = torch.where(has_target, total.log() - own, 0.0).sum()
         if uniform is None:
             return loss
-        words = draw_words(logits, weights.unflatten(1, (-1, 128)).sum(-1), uniform, cap, vocab_size)
+        words = draw_words(logits, sums, uniform, cap, vocab_size)
         ctx.mark_non_differentiable(words)
         return loss, words
 

@@ -30,7 +30,7 @@ from scipy.stats import ttest_1samp, ttest_ind
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataloading import InputError
 from model import KBERTConfig
-from records.log import MASKED_LAST_LAYER, WHOLE_LAST_LAYER, Log, Work, read_log
+from records.log import GENERATOR_AND_DETECTOR, MASKED_LAST_LAYER, WHOLE_LAST_LAYER, Log, Work, read_log
 
 RECORDS = Path(__file__).resolve().parent
 SIGNIFICANCE = 0.01  # of both tests: loss below target, time below the record before
@@ -142,11 +142,17 @@ def check_work(log: Log) -> Iterator[str]:
 
     # Logs from before ways to count had names: the baseline's have a recipe, and its layers are all alike
     unnamed = WHOLE_LAST_LAYER if "recipe" in config else MASKED_LAST_LAYER
-    counted_by, ways = result.get("flops_counted_by", unnamed), (MASKED_LAST_LAYER, WHOLE_LAST_LAYER)
+    counted_by = result.get("flops_counted_by", unnamed)
+    ways = (MASKED_LAST_LAYER, WHOLE_LAST_LAYER, GENERATOR_AND_DETECTOR)
+    detection = train.get("objective") == "rtd"
     if counted_by not in ways:
         yield f"{place}: FLOPs counted by {counted_by!r}: the ways known here are {' and '.join(ways)}"
-    elif not math.isclose(flops := work.training_flops(shape, counted_by), result["flops"], rel_tol=1e-9):
-        yield f"{place}: FLOPs {result['flops']:.6e} do not follow from the configuration, which gives {flops:.6e}"
+    elif (counted_by == GENERATOR_AND_DETECTOR) != detection:
+        yield f"{place}: FLOPs counted by {counted_by!r}, which is not the way of its objective"
+    else:
+        flops = work.training_flops(shape, counted_by, train.get("generator_layers"))
+        if not math.isclose(flops, result["flops"], rel_tol=1e-9):
+            yield f"{place}: FLOPs {result['flops']:.6e} do not follow from the configuration, which gives {flops:.6e}"
 
     if train["grad_accum"] is None:
         step_tokens = train["batch_tokens"]
@@ -154,7 +160,8 @@ def check_work(log: Log) -> Iterator[str]:
         step_tokens = train["grad_accum"] * train["row_tokens"] * log.named("environment", "world_size")
     most_tokens = result["step"] * step_tokens
     rounding = 16 * most_tokens / train["row_tokens"]  # a row's masks are a multiple of 16
-    low_rate, high_rate = sorted((train["mask_rate_start"], train["mask_rate_end"]))
+    rates = ("replace_rate",) if detection else ("mask_rate_start", "mask_rate_end")
+    low_rate, *_, high_rate = sorted([train[name] for name in rates] * 2)
     longest, window = config["data"]["max_length"], shape.local_attention_window
     bounds = {
         "tokens": (0.5 * most_tokens * min(1.0, train["batch_start"]), most_tokens),
@@ -354,6 +361,9 @@ def check_track(log: Log, track: dict) -> Iterator[str]:
     for keys, value in expected.items():
         if log.named(*keys) != value:
             yield f"{at(log, keys[0])}: {'.'.join(keys)} is {log.named(*keys)!r}, the track's is {value!r}"
+    objective = log.named("config", "train").get("objective", "mlm")
+    if track["target"]["metric"] == "val_loss" and objective != "mlm":
+        yield f"{at(log, 'config')}: the track's target is the val_loss of mlm; that of {objective} is its generator's"
     for name, value in track["hardware"].items():
         found = log.named("environment").get(name)
         if found != value and not (name == "device" and names_device(str(found), value)):
