@@ -91,7 +91,7 @@ def read_manifest(directory: Path) -> dict:
      "tokenizer": {"name", "sha256" (of tokenizer/tokenizer.json), "vocab_size", "cls", "sep", "pad", "mask", "unk"},
      "source": {...}, "split_rule": "...",
      "shards": {file name: {"split": "train" | "valid" | "test" (a labelled set has its own), "tokens", "documents",
-                            "sha256"}}}
+                            "words" (what whitespace separates; older manifests lack it), "sha256"}}}
     """
     path = directory / "manifest.json"
     if not path.exists():
