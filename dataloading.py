@@ -523,6 +523,14 @@ def data_hash(manifest: dict) -> str:
     return hashlib.sha256(json.dumps([manifest["tokenizer"]["sha256"], shards]).encode()).hexdigest()
 
 
+def count_text(manifest: dict) -> tuple[int, float | None]:
+    """Of the train shards: tokens of text, [CLS] and [SEP] left out, and words per token, None where it is unknown."""
+    shards = [entry for entry in manifest["shards"].values() if entry["split"] == "train"]
+    tokens = sum(entry["tokens"] - 2 * entry.get("documents", 0) for entry in shards)
+    counted = tokens > 0 and all("words" in entry for entry in shards)
+    return tokens, sum(entry["words"] for entry in shards) / tokens if counted else None
+
+
 def unigram_surprise(shards: list[Path], specials: dict) -> np.ndarray:
     """[vocabulary] nats: minus the logarithm of each token's frequency, with add-one smoothing."""
     counts, budget = np.ones(specials["vocab_size"]), 100_000_000  # tokens: enough to know frequencies, quick to read
