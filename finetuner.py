@@ -52,6 +52,7 @@ from model import (
     compiled_backend,
     option,
 )
+from objectives import compile_each_shape
 from optimizer import Optimizer
 from records.log import Clock, RunLog, environment, log_line, read_code
 from records.plot import draw_curves
@@ -60,7 +61,6 @@ from trainer import (
     SAMPLE,
     HubPusher,
     Process,
-    compile_each_shape,
     join_processes,
     locate_data,
     lr_factor,
@@ -229,7 +229,8 @@ def newest_run(out: Path, preset: str) -> Path:
     """model/ of the newest finished pretraining run; of micro runs alone under the preset micro."""
     found = []
     for path in out.glob("*/model/config.json"):
-        pretrained = "KBERTForMaskedLM" in (json.loads(path.read_text()).get("architectures") or [])
+        pretrained = {"KBERTForMaskedLM", "KBERTForReplacedTokenDetection"}
+        pretrained &= set(json.loads(path.read_text()).get("architectures") or [])
         if pretrained and preset in ("base", read_settings(path.parents[1]).get("preset")):
             found.append(path)
     if not found:

@@ -480,6 +480,42 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
         return outputs.MaskedLMOutput(loss, logits, out.hidden_states, out.attentions)
 
 
+class KBERTForReplacedTokenDetection(KBERTPreTrainedModel):
+    """Whether each token is another than the text's own (Clark et al. 2020, "ELECTRA"): then its logit is positive."""
+
+    def __init__(self, config: KBERTConfig):
+        super().__init__(config)
+        self.encoder = KBERTModel(config)
+        # By other names than a classifier's, which is to start afresh where this model is finetuned
+        self.detector_dense = Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps, elementwise_affine=False)
+        self.detector = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., d] -> [...] fp32."""
+        x = self.norm(F.gelu(self.detector_dense(hidden)))
+        return self.detector(x.to(self.detector.weight.dtype))[..., 0].float()
+
+    def loss(
+        self, input_ids, document_ids, positions, replaced, text, max_seqlen, window=None, slots=None
+    ) -> tuple[Tensor, Tensor]:
+        """Of a row, replaced and text [T] bool: cross-entropy summed over the text, and the logits [T]."""
+        logits = self.logits(self.encoder.encode(input_ids, document_ids, positions, max_seqlen, window, slots))
+        each = F.binary_cross_entropy_with_logits(logits, replaced.float(), reduction="none")
+        return torch.where(text, each, 0.0).sum(), logits
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs) -> outputs.TokenClassifierOutput:
+        """As KBERTModel.forward; labels [B, S], 1 replaced, 0 not, -100 for none -> logits [B, S], mean loss."""
+        out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
+        logits, loss = self.logits(out.last_hidden_state), None
+        if labels is not None:
+            told = labels != -100
+            loss = F.binary_cross_entropy_with_logits(logits[told], labels[told].float())
+        return outputs.TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
+
+
 class KBERTForClassification(KBERTPreTrainedModel):
     """What the three classifiers below share."""
 
@@ -537,33 +573,6 @@ class KBERTForTokenClassification(KBERTForClassification):
         out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
         logits = self.classify(out.last_hidden_state)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-        return outputs.TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
-
-
-class KBERTForReplacedTokenDetection(KBERTForClassification):
-    """Whether each token is another than the text's own (Clark et al. 2020, "ELECTRA"): then its logit is positive."""
-
-    def __init__(self, config: KBERTConfig):
-        super().__init__(config, num_outputs=1)
-        self.dropout = nn.Identity()
-
-    def loss(
-        self, input_ids, document_ids, positions, replaced, text, max_seqlen, window=None, slots=None
-    ) -> tuple[Tensor, Tensor]:
-        """Of a row, replaced and text [T] bool: cross-entropy summed over the text, and the logits [T]."""
-        hidden = self.encoder.encode(input_ids, document_ids, positions, max_seqlen, window, slots)  # [T, d]
-        logits = self.classify(hidden)[:, 0]
-        each = F.binary_cross_entropy_with_logits(logits, replaced.float(), reduction="none")
-        return torch.where(text, each, 0.0).sum(), logits
-
-    @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs) -> outputs.TokenClassifierOutput:
-        """As KBERTModel.forward; labels [B, S], 1 replaced, 0 not, -100 for none -> logits [B, S], mean loss."""
-        out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
-        logits, loss = self.classify(out.last_hidden_state)[..., 0], None
-        if labels is not None:
-            told = labels != -100
-            loss = F.binary_cross_entropy_with_logits(logits[told], labels[told].float())
         return outputs.TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
 
 

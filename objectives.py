@@ -255,7 +255,8 @@ def load_tied(model: nn.Module, folder: Path) -> None:
     """Weights of a folder, in which a tied head is left out."""
     weights = load_file(folder / "model.safetensors", device=str(model.device))
     found = model.load_state_dict(weights, strict=False)
-    assert set(found.missing_keys) <= {"lm_head.weight"} and not found.unexpected_keys, found
+    tied = {"lm_head.weight", "decoder.weight"}  # ours, and ModernBERT's
+    assert set(found.missing_keys) <= tied and not found.unexpected_keys, found
 
 
 def mean_of(total: float, count: float) -> float:

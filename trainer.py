@@ -861,8 +861,17 @@ class Run:
         process = self.process
         self.step, self.clock, self.work, self.loader_state = 0, Clock(process.device), Work(), None
         self.validated, self.validated_step = {}, -1  # val_loss and its kin, and when
+        self.identity = self.what_it_is()
+        if self.checkpoint:
+            self.load_checkpoint()
+        self.resumed_step = self.step
+        self.loader = self.loader_of("train", process, seed=self.train.seed, state=self.loader_state)
+        self.valid_loader = self.validation_loader("valid", process)
+
+    def what_it_is(self) -> dict:
+        """What a run has to share with the checkpoint that it continues."""
         shape = {name: value for name, value in self.config.to_dict().items() if name != "transformers_version"}
-        self.identity = {
+        return {
             "objective": self.train.objective,
             "generator_layers": self.train.generator_layers,
             "model": shape,
@@ -871,11 +880,6 @@ class Run:
             "row_tokens": self.row_tokens,
             "max_length": self.data.max_length,
         }
-        if self.checkpoint:
-            self.load_checkpoint()
-        self.resumed_step = self.step
-        self.loader = self.loader_of("train", process, seed=self.train.seed, state=self.loader_state)
-        self.valid_loader = self.validation_loader("valid", process)
 
     def limit_of_text(self) -> float:
         """Tokens of text after which no step begins, so that none goes beyond epochs and max_words."""

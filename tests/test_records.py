@@ -600,7 +600,16 @@ def test_the_baseline_can_be_finetuned_and_judged(word_tokenizer, tmp_path):
         assert report["base_model"] == str(base) and 0 <= report["model"]["metrics"][report["dev"]]["accuracy"] <= 1
 
 
-@pytest.mark.parametrize("flag", ("--train.save_every 5", "--train.resume auto"))
-def test_the_baseline_refuses_what_it_cannot_do(tmp_path, flag):
-    with pytest.raises(InputError, match="the baseline keeps no checkpoints"):
-        baseline(tmp_path, "bad", *flag.split())
+def test_a_resumed_baseline_is_bit_identical_to_one_never_stopped(corpus, tmp_path):
+    train = {"shape": "bucketed", "data.dir": corpus, "data.max_length": 100, "data.valid_tokens": 1500}
+    train |= {"train.row_tokens": 512, "train.steps": 6, "train.valid_every": 0, "train.save_every": 3}
+    settings = as_flags(train | TINY_SHAPE)
+    whole = baseline(tmp_path, "whole", *settings)
+    shutil.copytree(whole, tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "model")
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "step-000006")
+    killed = baseline(tmp_path, "killed", *settings, "--train.resume", "auto")
+    for file in ("model/model.safetensors", "checkpoints/step-000006/optimizer.safetensors"):
+        assert (killed / file).read_bytes() == (whole / file).read_bytes()
+    with pytest.raises(InputError, match=r"other settings \(lr\)"):
+        baseline(tmp_path, "killed", *settings, "--lr", 1e-3, "--train.resume", killed / "checkpoints" / "step-000003")

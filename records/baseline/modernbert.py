@@ -3,8 +3,8 @@
     python records/baseline/modernbert.py --preset micro --train.max_minutes 8 --lr 5e-4 --train.declared_runs 3
 
 It is trainer.py's run with another model, optimizer and step: the same data, schedules, clock, log, validation tokens
-and masks, so that records/submit.py takes it like any other. One process and no checkpoints; bf16 autocast, sdpa,
-predictions at masked positions only.
+and masks, checkpoints and resume too, so that records/submit.py takes it like any other. One process; bf16 autocast,
+sdpa, predictions at masked positions only.
 
 Its model FLOPs are those of KBERT of that shape, which has the same matrices, but for the d x d of its prediction head
 (not counted).
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from dataloading import InputError, Loader, Row, frozen_mask
 from model import KBERTConfig
-from objectives import draw_masks, mask_count
+from objectives import draw_masks, load_tied, mask_count
 from records.log import WHOLE_LAST_LAYER, read_code
 from trainer import MODULES as TRAINER_MODULES
 from trainer import (
@@ -73,6 +73,30 @@ def make_model(config: KBERTConfig, max_length: int):
     return ModernBertForMaskedLM(theirs)
 
 
+class FlatAdamW:
+    """torch's AdamW with a state that lies flat, as safetensors stores it."""
+
+    def __init__(self, groups: list[dict], **settings):
+        self.adamw = torch.optim.AdamW(groups, **settings)
+
+    def step(self, lr: float) -> None:
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        self.adamw.zero_grad()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = self.adamw.state_dict()["state"]
+        return {f"{number}.{name}": value for number, kept in state.items() for name, value in kept.items()}
+
+    def load_state_dict(self, flat: dict[str, Tensor]) -> None:
+        state: dict[int, dict] = {}
+        for key, value in flat.items():
+            number, name = key.split(".")
+            state.setdefault(int(number), {})[name] = value
+        self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})
+
+
 class Reference:
     """ModernBERT with AdamW, fed the documents of our rows in the shape it likes.
 
@@ -82,21 +106,19 @@ class Reference:
 
     def __init__(self, config: KBERTConfig, max_length: int, device, shape: str, compiled: bool, lr: float, seed: int):
         torch.manual_seed(seed)
+        self.measures = ("train_loss",)
         self.name = f"modernbert {shape} {'compiled' if compiled else 'eager'}"
         self.config, self.max_length, self.shape, self.lr, self.seed = config, max_length, shape, lr, seed
-        self.model = make_model(config, max_length).to(device).train()
+        self.model = self.masked_lm = make_model(config, max_length).to(device).train()
         self.call = torch.compile(self.model) if compiled else self.model
         matrices = {"params": [p for p in self.model.parameters() if p.ndim == 2], "weight_decay": 0.01}
         others = {"params": [p for p in self.model.parameters() if p.ndim != 2], "weight_decay": 0.0}
-        self.optimizer = torch.optim.AdamW([matrices, others], lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+        self.optimizer = FlatAdamW([matrices, others], lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
     def step(self, row: Row, count: int, factor: float = 1.0) -> Tensor:
         """One optimizer step on a row of which `count` positions are masked, at `factor` of the learning rate."""
         loss = self.gradients(row, count)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * factor
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.step(self.lr * factor)
         return loss
 
     def gradients(self, row: Row, count: int) -> Tensor:
@@ -124,6 +146,16 @@ class Reference:
             count += int(masked.sum())
         self.model.train()
         return total / count
+
+    def parts(self) -> dict:
+        """What a checkpoint holds, as of an objective (objectives.py)."""
+        return {"": (self.model, None)}
+
+    def extra_state(self) -> dict:
+        return {}
+
+    def load(self, folder: Path) -> None:
+        load_tied(self.model, folder)
 
     def loss(self, call, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         """Summed over the labels."""
@@ -171,12 +203,13 @@ class BaselineRun(Run):
         self.lr, self.shape, train = settings["lr"], settings["shape"], settings["train"]
         if process.world_size > 1:
             raise InputError("the baseline runs in one process: start it with python, not with torchrun")
-        if train["resume"] or train["save_every"]:
-            raise InputError("the baseline keeps no checkpoints: drop --train.resume and --train.save_every")
         row_tokens = train["row_tokens"] or 8192
         train |= {"row_tokens": row_tokens, "batch_tokens": row_tokens, "grad_accum": None}  # a step is a row
         train["run_name"] = train["run_name"] or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_modernbert"
         super().__init__(process, settings, argv, code)
+
+    def what_it_is(self) -> dict:
+        return {**super().what_it_is(), "objective": "modernbert", "lr": self.lr, "shape": self.shape}
 
     def resolved(self) -> dict:
         return {**super().resolved(), "lr": self.lr, "shape": self.shape}
@@ -187,12 +220,12 @@ class BaselineRun(Run):
         self.config = model_config(self.manifest["tokenizer"], longest, self.model_values)
         self.compiled = train.compile and self.shape == "concatenated" and why_eager(device) is None
         self.reference = Reference(self.config, longest, device, self.shape, self.compiled, self.lr, train.seed)
-        self.model = self.reference.model
-        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.network, self.objective, self.optimizer = self.reference.model, self.reference, self.reference.optimizer
+        self.parameters = sum(p.numel() for p in self.network.parameters())
         self.row_tokens, self.rows_per_rank = train.row_tokens, 1
         started, rows = time.perf_counter(), iter(self.loader_of("train", self.process, seed=train.seed))
         self.reference.gradients(next(rows), mask_count(train.mask_rate_start, self.row_tokens))  # compiles
-        self.reference.optimizer.zero_grad()
+        self.network.zero_grad()
         self.compile_seconds = time.perf_counter() - started
         rows.close()
 
@@ -204,13 +237,14 @@ class BaselineRun(Run):
         masks = mask_count(mask_rate(progress, self.train), self.row_tokens)
         loss = self.reference.step(row, masks, factor)
         self.step += 1
+        self.loader_state = row.state
         self.check_finite(loss.item(), f"the loss of step {self.step}")
         lengths = row.round_lengths
         if self.shape == "concatenated":
             lengths = np.full(self.row_tokens // self.data.max_length, self.data.max_length)
         self.work.add(lengths, min(masks, row.round_text[0]), self.config.local_attention_window)
         metrics = {"lr": self.lr * factor, "mask_rate": masks / self.row_tokens, "rows": [row.index]}
-        self.unread.append((self.step, loss, metrics))
+        self.unread.append((self.step, loss[None], metrics))
 
     def validate(self, loader: Loader) -> dict[str, float]:
         loss = self.reference.validation_loss(loader)
@@ -221,11 +255,8 @@ class BaselineRun(Run):
         if not math.isfinite(loss):
             raise InputError(f"{what} is {loss}: lower --lr from {self.lr:g}")
 
-    def save(self, push: bool) -> None:
-        raise InputError(f"stopped after step {self.step}: the baseline keeps no checkpoints, so start it again")
-
-    def write_model(self, into: Path) -> None:
-        save_model(into, self.model, self.tokenizer)
+    def write_model(self, part: str, into: Path) -> None:
+        save_model(into, self.network, self.tokenizer)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -240,9 +271,10 @@ def main(argv: list[str] | None = None) -> None:
     settings, _ = parse_flags(parser, argv, {"preset": presets})
     with join_processes(settings["train"]["device"]) as process:
         run = BaselineRun(process, settings, ["records/baseline/modernbert.py", *argv], code)
-        run.train_loop()
-        run.finish()
-    run.report(finished=True)
+        finished = run.train_loop()
+        if finished:
+            run.finish()
+    run.report(finished)
 
 
 if __name__ == "__main__":
