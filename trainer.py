@@ -141,7 +141,9 @@ class TrainConfig:
     log_every: PositiveInt = option(10, "steps between lines of the log; the GPU is waited for at each")
     save_every: NonNegativeInt = option(0, "steps between checkpoints; 0: none but that of an interruption")
     keep_checkpoints: PositiveInt = option(2, "checkpoints that stay on disk")
-    save_words: tuple[float, ...] = option((), "words shown (1e6,2e6) after which to keep the model, as chck_1M, ...")
+    save_words: tuple[float, ...] = option(
+        (), "words shown (1e6,2e6) at which to keep, and push, the model: chck_1M, ..."
+    )
     resume: str | None = option(None, "a checkpoint's folder, or auto: the newest of run_name or of any unfinished run")
     start_afresh: bool = option(False, "with resume auto: where every checkpoint of the run is damaged, start it again")
     out: str = option("logs", "folder of runs")
@@ -1015,7 +1017,7 @@ class Run:
                 self.write_line(**self.validated)
             if (save_due or stopped) and self.step > self.resumed_step:
                 self.clock.stop()
-                self.save(push=not stopped)
+                self.save(push=not stopped and not train.save_words)
             if finished:  # ten passes over what is not held back end just short of the last
                 self.save_at_words(self.words, self.words / 0.95)
             if finished or stopped:
@@ -1121,7 +1123,6 @@ class Run:
         """Keeps the model for each of save_words in this range: words/chck_1M, and a branch of that name."""
         for count in (count for count in self.train.save_words if above < count <= upto):
             self.clock.stop()
-            self.write_losses()
             self.check_weights()
             self.process.on_main(partial(self.keep_model, self.folder / "words" / f"chck_{count / 1e6:g}M"))
 
