@@ -141,9 +141,7 @@ class TrainConfig:
     log_every: PositiveInt = option(10, "steps between lines of the log; the GPU is waited for at each")
     save_every: NonNegativeInt = option(0, "steps between checkpoints; 0: none but that of an interruption")
     keep_checkpoints: PositiveInt = option(2, "checkpoints that stay on disk")
-    save_words: tuple[float, ...] = option(
-        (), "words shown (1e6,2e6) at which to keep, and push, the model: chck_1M, ..."
-    )
+    save_words: tuple[float, ...] = option((), "words shown at which to keep, and push, the model: 1e6,2e6 or [1e6]")
     resume: str | None = option(None, "a checkpoint's folder, or auto: the newest of run_name or of any unfinished run")
     start_afresh: bool = option(False, "with resume auto: where every checkpoint of the run is damaged, start it again")
     out: str = option("logs", "folder of runs")
