@@ -665,15 +665,8 @@ class Training:
 # ---------------------------------------------------------------------------------------------------------------------
 # One task: every run of its grid, the chosen model's folder, predictions and card
 
-RECORDED = (
-    "optimizer",
-    "lr",
-    "weight_decay",
-    "epochs",
-    "batch_size",
-    "trainable",
-    "seed",
-)  # the settings that tell runs apart
+# The settings that tell runs apart
+RECORDED = ("optimizer", "lr", "weight_decay", "epochs", "batch_size", "lr_schedule", "trainable", "seed")
 MODEL_CARD = """---
 {{ card_data }}
 ---
@@ -1055,7 +1048,11 @@ class Finetuner:
         weights = Path(self.base_name) / "model.safetensors"
         data = {"base_sha256": sha256_of(weights) if weights.exists() else None}
         machine = environment(self.process.device, self.process.world_size)
-        self.log.open(self.argv, {**self.repeat, "base_model": self.base_name}, machine, data, self.code)
+        settled, train = choose_rates(self.train, self.protocol, self.base.kbert), self.repeat["train"]
+        train = {name: getattr(settled, name) for name in train} | {"base_model": self.base_name}
+        self.log.open(
+            self.argv, {**self.repeat, "train": train, "base_model": self.base_name}, machine, data, self.code
+        )
         newest = "" if self.train.base_model else ", the newest finished pretraining run"
         self.log.section("run", f"{self.folder}: from {self.base_name}{newest}", echo=True)
 

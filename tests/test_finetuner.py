@@ -299,7 +299,8 @@ def test_figures_of_the_results_stand_apart():
 
 def test_a_grid_lists_what_differs_the_best_first():
     runs = [{"lr": lr, "weight_decay": 1e-6, "epochs": 1.0, "batch_size": 64} for lr in (1e-5, 3e-5, 8e-5)]
-    runs = [{"settings": {**run, "optimizer": "muon", "trainable": "all", "seed": 1}, "best_step": 4} for run in runs]
+    same = {"optimizer": "muon", "lr_schedule": "cosine", "trainable": "all", "seed": 1}
+    runs = [{"settings": {**run, **same}, "best_step": 4} for run in runs]
     table = finetuner.grid_table([{**run, "score": score} for run, score in zip(runs, (0.25, 0.75, 0.5))])
     assert [line.split() for line in table.splitlines()] == [
         ["lr", "dev_score", "best_step"],
@@ -563,6 +564,7 @@ def test_a_run_learns_and_reports_beside_majority_and_random_weights(base, finis
     assert {line.run for line in log.lines} == {1, 2} and tuple(log.code) == finetuner.MODULES
     # What records/ reads
     assert log.named("config", "protocol") == "default" and log.named("config", "base_model") == base
+    assert log.named("config", "train", "optimizer") == "muon" and log.named("config", "train", "lr") == 1e-3
     assert log.named("data", "base_sha256") == sha256_of(Path(base) / "model.safetensors")
     for name in ("splits", "results"):
         assert log.named("result", name, "custom") == report[name]
