@@ -812,6 +812,10 @@ def test_glue_runs_what_is_there_and_hands_mnli_over(base, tmp_path, capsys):
     accuracy = reports["mnli"]["results"]["pretrained"]["validation_mismatched"]["accuracy"]["median"]
     assert scores["MNLI-mm"] == pytest.approx(100 * accuracy) and scores["CoLA"] is None
     assert reports["rte"]["base_model"] == str(run / "mnli" / "model")
+    alone = go(base, tmp_path, "rte", data_dataset=tmp_path / "glue", **few, train_run_name="alone").with_name("alone")
+    assert report_of(alone)["base_model"] == str(run / "mnli" / "model")
+    for report in (*reports.values(), report_of(alone)):
+        assert report["model"]["settings"]["optimizer"] == "muon"
     said = capsys.readouterr().out
     assert "cola is left out: " in said
     header, _, row = said.split("tasks\n")[1].splitlines()[:3]
