@@ -33,6 +33,17 @@ class Pairs(Split):
     def examples(self) -> int:
         return len(self.table)
 
+    def scores(self, log_probabilities: list[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Scores of both sentences [pairs], in nats. log_probabilities: of each example's masked token."""
+        scores = np.bincount(self.sentence, weights=log_probabilities)  # [sentences]
+        return scores[self.good], scores[self.bad]
+
+    def closer_than(self, band: float, log_probabilities: np.ndarray) -> np.ndarray:
+        """[examples] whether a sentence belongs to a pair whose scores are less than `band` nats apart."""
+        good, bad = self.scores(log_probabilities)
+        close = np.abs(good - bad) < band
+        return np.isin(self.sentence, np.concatenate([self.good[close], self.bad[close]]))
+
     def contents(self) -> Iterator[bytes]:
         for row in self.table[["UID", "good", "bad"]].itertuples(index=False):
             yield "\0".join(row).encode()
@@ -91,8 +102,7 @@ def measure_pairs(log_probabilities: list[float], pairs: Pairs) -> tuple[dict[st
     log_probabilities: of each example's masked token, in nats. Pairs whose scores are equal count half; `equal` is
     their share.
     """
-    scores = np.bincount(pairs.sentence, weights=log_probabilities)  # [sentences]
-    good, bad = scores[pairs.good], scores[pairs.bad]
+    good, bad = pairs.scores(log_probabilities)
     equal = np.abs(good - bad) < EQUAL
     table = pairs.table.assign(score_good=good, score_bad=bad, correct=np.where(equal, 0.5, good > bad))
     paradigms = table.groupby("UID", sort=False).agg({"field": "first", "correct": "mean"})

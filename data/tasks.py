@@ -308,7 +308,7 @@ class MinimalPairs(Kind):
         return measure_pairs(kept, split)
 
     def write(self, folder: Path, name: str, split: Pairs, predictions: pd.DataFrame) -> None:
-        """A TSV of the pairs with their scores."""
+        """A TSV of the pairs with their scores, which a CPU rounds to bf16 where a pair is clear."""
         predictions.to_csv(folder / f"{name}.tsv", sep="\t", index=False, float_format="%.4f")
 
 

