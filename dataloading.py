@@ -91,7 +91,7 @@ def read_manifest(directory: Path) -> dict:
      "tokenizer": {"name", "sha256" (of tokenizer/tokenizer.json), "vocab_size", "cls", "sep", "pad", "mask", "unk"},
      "source": {...}, "split_rule": "...",
      "shards": {file name: {"split": "train" | "valid" | "test" (a labelled set has its own), "tokens", "documents",
-                            "sha256"}}}
+                            "words" (what whitespace separates; older manifests lack it), "sha256"}}}
     """
     path = directory / "manifest.json"
     if not path.exists():
@@ -521,6 +521,14 @@ def data_hash(manifest: dict) -> str:
     """Of tokenizer and shards: two runs with the same one read the same tokens."""
     shards = sorted((name, entry["sha256"]) for name, entry in manifest["shards"].items())
     return hashlib.sha256(json.dumps([manifest["tokenizer"]["sha256"], shards]).encode()).hexdigest()
+
+
+def count_text(manifest: dict) -> tuple[int, float | None]:
+    """Of the train shards: tokens of text, [CLS] and [SEP] left out, and words per token, None where it is unknown."""
+    shards = [entry for entry in manifest["shards"].values() if entry["split"] == "train"]
+    tokens = sum(entry["tokens"] - 2 * entry.get("documents", 0) for entry in shards)
+    counted = tokens > 0 and all("words" in entry for entry in shards)
+    return tokens, sum(entry["words"] for entry in shards) / tokens if counted else None
 
 
 def unigram_surprise(shards: list[Path], specials: dict) -> np.ndarray:

@@ -49,6 +49,7 @@ from dataloading import (
     InputError,
     Loader,
     Row,
+    count_text,
     data_hash,
     describe_validation,
     first_line,
@@ -104,6 +105,8 @@ class TrainConfig:
     detection_weight: PositiveFloat = option(50.0, "of the detector's loss, beside the generator's")
     steps: PositiveInt = option(10_000, "optimizer steps")
     max_minutes: PositiveFloat | None = option(None, "minutes of training time; replaces steps in the schedules")
+    epochs: PositiveFloat | None = option(None, "passes over the training text, at most; replaces steps likewise")
+    max_words: PositiveFloat | None = option(None, "words of text to show, at most; replaces steps likewise")
     batch_tokens: PositiveInt = option(1_048_576, "tokens in an optimizer step, over all ranks, padding included")
     row_tokens: PositiveInt | None = option(None, "tokens in one forward; none: 8192 on a CPU, what fits on a GPU")
     grad_accum: PositiveInt | None = option(None, "rows of each rank in a step; none: as batch_tokens asks")
@@ -138,6 +141,9 @@ class TrainConfig:
     log_every: PositiveInt = option(10, "steps between lines of the log; the GPU is waited for at each")
     save_every: NonNegativeInt = option(0, "steps between checkpoints; 0: none but that of an interruption")
     keep_checkpoints: PositiveInt = option(2, "checkpoints that stay on disk")
+    save_words: tuple[float, ...] = option(
+        (), "words shown (1e6,2e6) at which to keep, and push, the model: chck_1M, ..."
+    )
     resume: str | None = option(None, "a checkpoint's folder, or auto: the newest of run_name or of any unfinished run")
     start_afresh: bool = option(False, "with resume auto: where every checkpoint of the run is damaged, start it again")
     out: str = option("logs", "folder of runs")
@@ -191,6 +197,17 @@ PRESETS = {
     "small": shape("small"),
     "base": shape("base"),
     "large": {**shape("large"), "train.muon_lr": 0.02, "train.embed_lr": 0.006},
+}
+PRESETS["babylm"] = {  # micro's model and rates, found on runs a hundredth as long: none of it is measured here yet
+    **PRESETS["micro"],
+    "data.dir": "data/babylm",
+    # The rules of the strict-small track: at most ten passes and 100M words, and a model after each of these
+    "train.epochs": 10,
+    "train.max_words": 100e6,
+    "train.save_words": tuple(n * 1e6 for n in (*range(1, 11), *range(20, 101, 10))),
+    "train.valid_every": 1000,
+    "train.save_every": 1000,
+    "train.log_every": 10,
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -748,7 +765,9 @@ class Run:
         self.open_folder()
         self.build_model()
         self.restore()
-        self.steps, self.log = None if self.train.max_minutes is not None else self.train.steps, None
+        self.text_limit, self.log = self.limit_of_text(), None
+        planned = self.train.max_minutes is None and math.isinf(self.text_limit)
+        self.steps = self.train.steps if planned else None
         if not process.on_main(self.open_log):
             self.validated_step = -1  # a new log says it again
 
@@ -757,6 +776,12 @@ class Run:
     def open_data(self) -> None:
         self.directory = locate_data(self.data.dir, self.process)
         self.manifest = self.process.on_main(lambda: read_manifest(self.directory))
+        self.epoch_text, self.words_per_token = count_text(self.manifest)
+        if self.words_per_token is None and (self.train.max_words or self.train.save_words):
+            raise InputError(
+                f"{self.directory / 'manifest.json'} does not count the words of its shards, which --train.max_words "
+                "and --train.save_words need: pack the text again with data/pack_fineweb_edu.py"
+            )
         self.tokenizer = None
         if (self.directory / "tokenizer").exists():
             from transformers import AutoTokenizer
@@ -858,6 +883,19 @@ class Run:
             "row_tokens": self.row_tokens,
             "max_length": self.data.max_length,
         }
+
+    def limit_of_text(self) -> float:
+        """Tokens of text after which no step begins, so that none goes beyond epochs and max_words."""
+        epochs, words = self.train.epochs, self.train.max_words
+        most = math.inf if epochs is None else epochs * self.epoch_text
+        most = most if words is None else min(most, words / self.words_per_token)
+        step = self.rows_per_rank * self.row_tokens * self.process.world_size
+        if most <= step:
+            raise InputError(
+                f"--train.epochs and --train.max_words leave {most:,.0f} tokens of text, less than a step may have: "
+                f"lower --train.batch_tokens from {step:,}"
+            )
+        return most - step
 
     def load_checkpoint(self) -> None:
         from safetensors.torch import load_file
@@ -980,22 +1018,32 @@ class Run:
                 self.write_line(**self.validated)
             if (save_due or stopped) and self.step > self.resumed_step:
                 self.clock.stop()
-                self.save(push=not stopped)
+                self.save(push=not stopped and not train.save_words)
+            if finished:  # ten passes over what is not held back end just short of the last
+                self.save_at_words(self.words, self.words / 0.95)
             if finished or stopped:
                 self.stopped_by = stopped
                 return bool(finished)
             self.clock.start()
+            words = self.words
             self.train_step(progress)
             if self.step % train.log_every == 0:
                 if self.process.device.type == "cuda":
                     torch.cuda.synchronize()  # the clock must not run ahead of the GPU
                 self.clock.stop()
                 self.write_losses()
+            self.save_at_words(words, self.words)
 
     def progress(self, seconds: float) -> float:
-        if self.train.max_minutes is not None:
-            return min(1.0, seconds / (60 * self.train.max_minutes))
-        return min(1.0, self.step / self.train.steps)
+        if self.steps is not None:
+            return min(1.0, self.step / self.steps)
+        minutes = math.inf if self.train.max_minutes is None else self.train.max_minutes
+        return min(1.0, max(seconds / (60 * minutes), self.work.text / self.text_limit))
+
+    @property
+    def words(self) -> float:
+        """Shown so far, by the words that a token of the train shards has in the mean; 0 where nobody counted them."""
+        return self.work.text * (self.words_per_token or 0.0)
 
     def train_step(self, progress: float) -> None:
         """One optimizer step over the rows of all ranks; its loss stays on the device until write_losses."""
@@ -1049,6 +1097,8 @@ class Run:
             return
         seconds, flops = self.clock.seconds, self.flops()
         said = {"tokens": self.work.tokens, "flops": flops, "mfu": flops / max(seconds, 1e-9) / self.peak}
+        if self.words_per_token:
+            said["words"] = self.words
         losses = {name: value for name, value in values.items() if name == "train_loss" or name.startswith("val_")}
         line = log_line(self.step, self.steps, seconds, **losses, **said)
         self.log.step(line, "val_loss" in values, step=self.step, **values, seconds=seconds, **said)
@@ -1065,10 +1115,30 @@ class Run:
 
     # --- saving
 
-    def save(self, push: bool) -> None:
+    def check_weights(self) -> None:
         finite = all(bool(torch.isfinite(p).all()) for p in self.network.parameters())
         if not finite:  # the loss would tell only at the next step
             raise not_finite(f"the weights after step {self.step} are not finite")
+
+    def save_at_words(self, above: float, upto: float) -> None:
+        """Keeps the model for each of save_words in this range: words/chck_1M, and a branch of that name."""
+        for count in (count for count in self.train.save_words if above < count <= upto):
+            self.clock.stop()
+            self.check_weights()
+            self.process.on_main(partial(self.keep_model, self.folder / "words" / f"chck_{count / 1e6:g}M"))
+
+    def keep_model(self, folder: Path) -> None:
+        save_folder(folder, self.write_parts)
+        if self.hub:
+            self.hub.push(folder, folder.name)
+        self.log.section("saved", str(folder), echo=True)
+
+    def write_parts(self, into: Path) -> None:
+        for name, (model, weights) in self.objective.parts().items():
+            save_model(into / name, model, self.tokenizer, weights)
+
+    def save(self, push: bool) -> None:
+        self.check_weights()
         optimizer_state = self.optimizer.state_dict()  # every rank holds a part
         self.process.on_main(lambda: self.write_checkpoint(optimizer_state, push))
 
@@ -1094,8 +1164,7 @@ class Run:
         }
 
         def write(into: Path) -> None:
-            for name, (model, weights) in self.objective.parts().items():
-                save_model(into / name, model, self.tokenizer, weights)
+            self.write_parts(into)
             save_file(optimizer_state, into / "optimizer.safetensors")
             if extra := self.objective.extra_state():
                 save_file(extra, into / "extra.safetensors")

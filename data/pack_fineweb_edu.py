@@ -3,6 +3,7 @@
     python data/pack_fineweb_edu.py --max_tokens 2_000_000_000 --out data/fineweb_edu
     python data/pack_fineweb_edu.py --dataset wikimedia/wikipedia --name 20231101.en --out data/wikipedia
     python data/pack_fineweb_edu.py --files 'corpus/*.jsonl.xz' --tokenizer data/my_tokenizer --out data/corpus
+    python data/pack_fineweb_edu.py --files '*.train.txt' --join_lines 1000 --tokenizer data/t --out data/babylm
 
 Each document becomes `[CLS] tokens ... [SEP]`, and lies whole in one shard. A hash of its text decides its split, so a
 text that occurs twice stays on one side. The same command run again after a kill continues where the last shard ended,
@@ -55,9 +56,15 @@ def backend_in(folder: Path):
     return backend_of(AutoTokenizer.from_pretrained(folder))
 
 
-def tokenize(folder: Path, texts: list[str]) -> list[np.ndarray]:
+def tokenize(folder: Path, texts: list[str]) -> list[tuple[np.ndarray, int]]:
+    """Ids and number of words of each text."""
     encodings = backend_in(folder).encode_batch_fast(texts, add_special_tokens=False)
-    return [np.array(encoding.ids, dtype="<u2") for encoding in encodings]
+    return [(np.array(encoding.ids, dtype="<u2"), count_words(text)) for text, encoding in zip(texts, encodings)]
+
+
+def count_words(text: str) -> int:
+    """Words as a shard's `words` in the manifest count them: what whitespace separates."""
+    return len(text.split())
 
 
 def end_with_parent() -> None:
@@ -75,15 +82,15 @@ def start_workers(folder: Path, count: int) -> ProcessPoolExecutor:
 
 
 def encode(pool: ProcessPoolExecutor, folder: Path, batches, ahead: int):
-    """(texts, ids of each text, position) of every batch, in order, with `ahead` batches under way."""
+    """(texts, tokenize(texts), position) of every batch, in order, with `ahead` batches under way."""
     waiting = deque()
     for texts, position in batches:
         waiting.append((texts, pool.submit(tokenize, folder, texts), position))
         while len(waiting) > ahead:
-            texts, ids, position = waiting.popleft()
-            yield texts, ids.result(), position
-    for texts, ids, position in waiting:
-        yield texts, ids.result(), position
+            texts, tokenized, position = waiting.popleft()
+            yield texts, tokenized.result(), position
+    for texts, tokenized, position in waiting:
+        yield texts, tokenized.result(), position
 
 
 class ShardWriter:
@@ -93,14 +100,16 @@ class ShardWriter:
         self.out, self.prefix, self.shard_size = out, prefix, shard_size
         self.cls, self.sep, self.part, self.parts = cls, sep, part, parts
         self.shards, self.pending, self.waiting = {}, {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0)
+        self.words = dict.fromkeys(SPLITS, 0)  # of what is pending
 
-    def add(self, split: str, ids: np.ndarray) -> None:
+    def add(self, split: str, ids: np.ndarray, words: int) -> None:
         document = np.empty(len(ids) + 2, dtype="<u2")
         document[0], document[1:-1], document[-1] = self.cls, ids, self.sep
         if self.waiting[split] and self.waiting[split] + len(document) > self.shard_size:
             self.flush(split)
         self.pending[split].append(document)
         self.waiting[split] += len(document)
+        self.words[split] += words
 
     def flush(self, split: str) -> None:
         if not self.pending[split]:
@@ -109,15 +118,16 @@ class ShardWriter:
         path = self.out / f"{self.prefix}_{split}_{index:06d}.bin"
         tokens = np.concatenate(self.pending[split])
         write_shard(path, tokens)
-        entry = {"split": split, "tokens": len(tokens), "documents": int((tokens == self.cls).sum())}
-        self.shards[path.name] = {**entry, "sha256": sha256_of(path)}
-        self.pending[split], self.waiting[split] = [], 0
+        counts = {"tokens": len(tokens), "documents": int((tokens == self.cls).sum()), "words": self.words[split]}
+        self.shards[path.name] = {"split": split, **counts, "sha256": sha256_of(path)}
+        self.pending[split], self.waiting[split], self.words[split] = [], 0, 0
 
     def save(self, path: Path, settings: dict, position: list) -> None:
         """The state to resume from. Shards written after it are written again, with the same bytes."""
-        state = json.dumps({"settings": settings, "shards": self.shards, "position": position})
+        state = {"settings": settings, "shards": self.shards, "words": self.words, "position": position}
+        pending = {split: np.concatenate(self.pending[split] or [np.empty(0, "<u2")]) for split in SPLITS}
         with open(path.with_suffix(".tmp"), "wb") as file:
-            np.savez(file, state=state, **{s: np.concatenate(self.pending[s] or [np.empty(0, "<u2")]) for s in SPLITS})
+            np.savez(file, state=json.dumps(state), **pending)
             file.flush()
             os.fsync(file.fileno())
         os.replace(path.with_suffix(".tmp"), path)
@@ -126,7 +136,9 @@ class ShardWriter:
         saved = np.load(path)
         state = json.loads(str(saved["state"]))
         check_settings(path, state["settings"], settings)
-        self.shards = state["shards"]
+        if "words" not in state:
+            raise InputError(f"{path} was left by an earlier version: choose another --out, or delete that folder")
+        self.shards, self.words = state["shards"], state["words"]
         for split in SPLITS:
             self.pending[split], self.waiting[split] = [saved[split]] if len(saved[split]) else [], len(saved[split])
         return state["position"]
@@ -142,12 +154,12 @@ def pack(encoded, writer: ShardWriter, state_path: Path, settings: dict, fractio
     """Moves documents from the stream to the writer; `size`: characters to come, for the estimate of the time left."""
     tokens = sum(entry["tokens"] for entry in writer.shards.values()) + sum(writer.waiting.values())
     with tqdm(total=max_tokens, initial=tokens, unit="tok", unit_scale=True, desc="packing", mininterval=1) as bar:
-        for texts, ids_of_texts, position in encoded:
+        for texts, tokenized, position in encoded:
             shards_before, tokens_before = len(writer.shards), tokens
-            for text, ids in zip(texts, ids_of_texts):
+            for text, (ids, words) in zip(texts, tokenized):
                 if max_tokens is not None and tokens + len(ids) + 2 > max_tokens:
                     return
-                writer.add(split_of(text, *fractions), ids)
+                writer.add(split_of(text, *fractions), ids, words)
                 tokens += len(ids) + 2
             if len(writer.shards) > shards_before:
                 writer.save(state_path, settings, position)
@@ -192,7 +204,7 @@ def pack_source(args: argparse.Namespace, part: int, parts: int, tokenizer: dict
         writer = ShardWriter(args.out, prefix, args.shard_size, tokenizer["cls"], tokenizer["sep"], part, parts)
         state_path = args.out / f"resume_{part}of{parts}.npz"
         position = writer.restore(state_path, settings) if state_path.exists() else None
-        texts = in_background(read_texts(stream, sizes, args.text_field, args.batch_characters, part, parts, position))
+        texts = in_background(read_texts(stream, sizes, args, part, parts, position))
         max_tokens = None if args.max_tokens is None else args.max_tokens // parts
         with contextlib.closing(texts):
             encoded = encode(pool, args.out / "tokenizer", texts, ahead)

@@ -59,6 +59,8 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     flag("--text_field", default="text", help="column that holds the text")
     sample_by = "what one document is in a .txt: a paragraph (up to a blank line), a line, or the whole file"
     flag("--sample_by", choices=("paragraph", "line", "document"), default="paragraph", help=sample_by)
+    join_lines = "join successive lines (or rows) of a file into documents of about N words: for an utterance a line"
+    flag("--join_lines", type=int, metavar="N", help=join_lines)
     batch = "characters read, and by one process tokenized, at a time"
     flag("--batch_characters", type=int, default=1_000_000, help=batch)
     flag("--valid_fraction", type=float, default=0.01, help="share of the documents kept for validation")
@@ -94,7 +96,7 @@ def open_source(args: argparse.Namespace):
             found = ", ".join(sorted(kinds))
             raise InputError(f"--files must be all of one type out of {', '.join(READERS)}, found {found}")
         reader = READERS[kinds.pop()]
-        options = {"sample_by": args.sample_by} if reader == "text" else {}
+        options = {"sample_by": "line" if args.join_lines else args.sample_by} if reader == "text" else {}
         with reading(f"--files {' '.join(args.files)}"):
             stream = load_dataset(reader, data_files=files, split="train", streaming=True, **options)
             sizes = [unpacked_bytes(Path(file)) for file in files]
@@ -112,22 +114,25 @@ def open_source(args: argparse.Namespace):
     if args.text_field not in columns:
         raise InputError(f"the data has no column {args.text_field!r}: choose --text_field out of {', '.join(columns)}")
     source["text_field"] = args.text_field
+    if args.join_lines:
+        source["join_lines"] = args.join_lines
     return stream.select_columns(args.text_field).with_format("arrow"), sizes, source
 
 
-def read_texts(stream, sizes: list[float], text_field: str, batch_characters: int, part=0, parts=1, position=None):
+def read_texts(stream, sizes: list[float], args: argparse.Namespace, part=0, parts=1, position=None):
     """Yields (texts, position after them) of one part of the work; blank texts are no documents.
 
     Files are read side by side, in up to 16 lanes and in proportion to their sizes: every shard then holds text of all
-    files, which a loader that shuffles within shards can mix.
+    files, which a loader that shuffles within shards can mix. Where lines are joined, each file has a lane of its own,
+    and the position holds the lines of the document that it has begun.
     """
     share_files = stream.num_shards % parts == 0
     if share_files:
         stream, sizes = stream.shard(parts, part, contiguous=False), sizes[part::parts]
-    num_lanes = min(16, stream.num_shards)
+    num_lanes = stream.num_shards if args.join_lines else min(16, stream.num_shards)
     lanes = [stream.shard(num_lanes, i, contiguous=False) for i in range(num_lanes)]
     weights = [sum(sizes[i::num_lanes]) or 1 for i in range(num_lanes)]
-    position = position or [{"state": None, "characters": 0, "ended": False} for _ in lanes]
+    position = position or [{"state": None, "characters": 0, "ended": False, "lines": []} for _ in lanes]
     for lane, start in zip(lanes, position):
         if start["state"]:
             lane.load_state_dict(start["state"])
@@ -137,23 +142,43 @@ def read_texts(stream, sizes: list[float], text_field: str, batch_characters: in
         i = min(open_lanes, key=lambda i: position[i]["characters"] / weights[i])
         with reading("the next texts"):
             table = next(tables[i], None)
-        if table is None:
-            position[i]["ended"] = True
-            continue
-        for text in table[text_field].to_pylist():
-            if text is not None and not isinstance(text, str):
-                found = type(text).__name__
-                raise InputError(f"column {text_field!r} holds {found}, not text: choose another --text_field")
-            if text and not text.isspace():
-                position[i]["characters"] += len(text)
-                if share_files or int.from_bytes(digest_of(text)[8:], "big") % parts == part:
-                    texts.append(text)
-                    characters += len(text)
+        position[i]["ended"] = table is None
+        found = [] if table is None else written_texts(table[args.text_field].to_pylist(), args.text_field)
+        position[i]["characters"] += sum(map(len, found))
+        if args.join_lines:
+            found, position[i]["lines"] = join(position[i]["lines"] + found, args.join_lines, whole=table is None)
+        for text in found:
+            if share_files or int.from_bytes(digest_of(text)[8:], "big") % parts == part:
+                texts.append(text)
+                characters += len(text)
         position[i]["state"] = lanes[i].state_dict()
-        if characters >= batch_characters:
+        if characters >= args.batch_characters:
             yield texts, copy.deepcopy(position)
             texts, characters = [], 0
     yield texts, position
+
+
+def written_texts(values: list, text_field: str) -> list[str]:
+    """Those that are not blank. Raises InputError for what is not text."""
+    for value in values:
+        if value is not None and not isinstance(value, str):
+            found = type(value).__name__
+            raise InputError(f"column {text_field!r} holds {found}, not text: choose another --text_field")
+    return [text for text in values if text and not text.isspace()]
+
+
+def join(lines: list[str], words: int, whole: bool) -> tuple[list[str], list[str]]:
+    """Documents of successive lines, each ended by the line that brings it to `words`, and the lines left over.
+
+    whole: no more lines follow, so that what is left over is a document too.
+    """
+    documents, start, count = [], 0, 0
+    for end, line in enumerate(lines, 1):
+        count += len(line.split())
+        if count >= words or (whole and end == len(lines)):
+            documents.append("\n".join(lines[start:end]))
+            start, count = end, 0
+    return documents, lines[start:]
 
 
 def digest_of(text: str) -> bytes:
@@ -294,7 +319,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     stream, sizes, _ = open_source(args)
-    batches = in_background(read_texts(stream, sizes, args.text_field, args.batch_characters))
+    batches = in_background(read_texts(stream, sizes, args))
     with contextlib.closing(batches):
         texts = training_texts(batches, (args.valid_fraction, args.test_fraction), args.fraction, args.max_characters)
         train_tokenizer(texts, args.vocab_size, args.out)

@@ -37,6 +37,8 @@ class Published(NamedTuple):
 
 
 ELECTRA = "Clark et al. 2020; its flops_computation.py, which counts a backward as one forward, times 1.5"
+RELEASED = f"{ELECTRA}, embeddings as look-ups or as products; an estimate: 4M steps"
+FROM_MEMORY = "an estimate: tokens and size of the generator from memory"
 TOKENS = "6 x parameters without embeddings x tokens, generators included"
 PUBLISHED = {
     "crammed BERT": Published(5e18, 5e18, 120, 83.9, 78.6, "Geiping and Goldstein 2022"),
@@ -45,10 +47,10 @@ PUBLISHED = {
     "RoBERTa-base": Published(1.3e21, 1.3e21, 125, 87.6, 86.4, f"Liu et al. 2019; {TOKENS}"),
     "ELECTRA-small, paper": Published(2.1e18, 2.1e18, 14, None, 79.9, ELECTRA),
     "ELECTRA-base, paper": Published(9.6e19, 9.6e19, 110, None, 85.1, ELECTRA),
-    "ELECTRA-small": Published(5e19, 5e19, 14, 81.3, 81.1, f"{ELECTRA}, for the 4M steps of the released model"),
-    "ELECTRA-base": Published(5e20, 5e20, 110, 88.8, 87.5, f"{ELECTRA}, for the 4M steps of the released model"),
-    "COCO-LM base++": Published(1.2e21, 1.6e21, 110, 90.2, 88.6, f"Meng et al. 2021; {TOKENS}"),
-    "AMOS base++": Published(1.2e21, 1.8e21, 110, 90.5, 89.4, f"Meng et al. 2022; {TOKENS}"),
+    "ELECTRA-small": Published(4.1e19, 5.3e19, 14, 81.3, 81.1, f"{RELEASED} of 128 x 512 tokens, generator as wide"),
+    "ELECTRA-base": Published(3.5e20, 5e20, 110, 88.8, 87.5, f"{RELEASED} (from memory) of 256 x 512 tokens"),
+    "COCO-LM base++": Published(1.2e21, 1.6e21, 110, 90.2, 88.6, f"Meng et al. 2021; {TOKENS}; {FROM_MEMORY}"),
+    "AMOS base++": Published(1.2e21, 1.8e21, 110, 90.5, 89.4, f"Meng et al. 2022; {TOKENS}; {FROM_MEMORY}"),
     "Ettin-17M": Published(1.4e20, 1.4e20, 17, 79.5, 79.2, f"Weller et al. 2025; {TOKENS}"),
     "Ettin-32M": Published(3e20, 3e20, 32, 83.4, 83.5, f"Weller et al. 2025; {TOKENS}"),
     "Ettin-68M": Published(8e20, 8e20, 68, 87.0, 87.2, f"Weller et al. 2025; {TOKENS}"),

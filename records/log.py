@@ -70,12 +70,14 @@ class Work:
     global_pairs: int = 0  # pairs of tokens that see each other in a global layer
     local_pairs: int = 0  # and in a local layer
     masked: int = 0  # positions predicted
+    text: int = 0  # tokens without [CLS] and [SEP]
 
     def add(self, lengths: np.ndarray, masked: int, window: int) -> None:
         """One forward over documents of these lengths [documents], with a local window of so many tokens."""
         lengths, side = lengths.astype(np.int64), window // 2
         inside = lengths * (2 * side + 1) - side * (side + 1)
         self.tokens += int(lengths.sum())
+        self.text += int(lengths.sum()) - 2 * len(lengths)
         self.global_pairs += int((lengths**2).sum())
         self.local_pairs += int(np.where(lengths > side, inside, lengths**2).sum())
         self.masked += masked
@@ -148,7 +150,7 @@ LOG_LINE = re.compile(
     r"(?: dev_score:(?P<dev_score>-?\d+\.\d+))?"
     r" train_time:(?P<train_time>\d+)ms"
     r"(?: step_avg:(?P<step_avg>\d+\.\d+)ms tokens:(?P<tokens>\d+)"
-    r" flops:(?P<flops>\d\.\d+e[+-]\d+) mfu:(?P<mfu>\d\.\d+))?$"
+    r" flops:(?P<flops>\d\.\d+e[+-]\d+) mfu:(?P<mfu>\d\.\d+)(?: words:(?P<words>\d+))?)?$"
 )
 LINE_FORMATS = {
     "epoch": ".3f",
@@ -164,6 +166,7 @@ LINE_FORMATS = {
     "tokens": "d",
     "flops": ".6e",
     "mfu": ".4f",
+    "words": ".0f",  # shown so far, where the manifest counts them
 }
 
 

@@ -401,7 +401,7 @@ def measure_packing(directory: Path, files: Sequence[str]) -> dict:
         tokens = sum(entry["tokens"] for entry in read_manifest(Path(out))["shards"].values())
         backend, _ = bring_tokenizer(tokenizer, Path(out))
     stream, sizes, _ = open_source(source)
-    batches = [texts for texts, _ in read_texts(stream, sizes, source.text_field, source.batch_characters)]
+    batches = [texts for texts, _ in read_texts(stream, sizes, source)]
     start = time.perf_counter()
     for texts in batches:
         backend.encode_batch_fast(texts, add_special_tokens=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import bz2
 import contextlib
 import gzip
@@ -24,6 +25,7 @@ import pyarrow.parquet
 import pytest
 
 from data import make_sample
+from data.train_tokenizer import add_source_flags, open_source, read_texts
 from dataloading import read_manifest, read_shard, write_shard
 from hub_stand_in import Hub
 
@@ -278,6 +280,62 @@ def test_files_of_one_size_end_together_however_they_compress(tmp_path, tokenize
     for fifth in range(5):
         part = packed[len(packed) * fifth // 5 : len(packed) * (fifth + 1) // 5]
         assert 0.3 < sum(text.startswith("word word") for text in part) / len(part) < 0.7
+
+
+# --- an utterance a line
+
+
+@pytest.fixture(scope="module")
+def utterances(tmp_path_factory) -> Path:
+    """Six files as BabyLM has them; each line says where it stands."""
+    directory, draw = tmp_path_factory.mktemp("utterances"), random.Random(0)
+    for number, count in enumerate((300, 50, 900, 10, 400, 1700)):
+        lines = [f"{' '.join(draw.choices(WORDS, k=draw.randint(1, 20)))} {number}.{i}" for i in range(count)]
+        lines.insert(5, "  ")  # a blank one is no utterance
+        (directory / f"{number}.train.txt").write_text("".join(line + "\n" for line in lines))
+    return directory
+
+
+def joining(utterances: Path, words: int) -> list:
+    return ["--files", utterances / "*.train.txt", "--join_lines", words]
+
+
+def test_lines_are_joined_in_order_and_never_across_files(tmp_path, tokenizer, utterances):
+    def arguments(words: int) -> list:
+        sizes = ["--valid_fraction", 0.1, "--test_fraction", 0.1]
+        return [*joining(utterances, words), "--tokenizer", tokenizer, "--out", tmp_path, *sizes]
+
+    succeed("pack_fineweb_edu.py", *arguments(100))
+    shards, files = read_manifest(tmp_path)["shards"].values(), {str(number): [] for number in range(6)}
+    documents = [text for split in ("train", "valid", "test") for text in texts_of(tmp_path, split)]
+    for document in documents:
+        places = [line.rsplit(" ", 1)[1].split(".") for line in document.split("\n")]
+        assert len({file for file, _ in places}) == 1
+        files[places[0][0]].append([int(line) for _, line in places])
+    for file in files.values():
+        lines = [line for document in sorted(file) for line in document]
+        assert lines and lines == list(range(len(lines)))
+    sizes = [len(document.split()) for document in documents]
+    assert max(sizes) < 100 + 21 and sum(size < 100 for size in sizes) <= 6  # what is left over of each file
+    assert sum(entry["words"] for entry in shards) == sum(sizes)
+    assert {entry["split"] for entry in shards} == {"train", "valid", "test"}
+    assert "another source" in error_of("pack_fineweb_edu.py", *arguments(50))
+
+
+def test_joining_goes_on_from_any_position(utterances):
+    parser = argparse.ArgumentParser()
+    add_source_flags(parser)
+    args = parser.parse_args([*map(str, joining(utterances, 100)), "--batch_characters", "20_000"])
+
+    def read(position=None) -> list:
+        stream, sizes, _ = open_source(args)
+        return list(read_texts(stream, sizes, args, position=position))
+
+    whole = read()
+    assert len(whole) > 5 and all(any(lane["lines"] for lane in position) for _, position in whole[:-1])
+    for number, (_, position) in enumerate(whole[:-1], 1):
+        rest = read(json.loads(json.dumps(position)))
+        assert [texts for texts, _ in rest] == [texts for texts, _ in whole[number:]]
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl.gz", "jsonl.xz", "jsonl.bz2", "txt", "txt.gz", "parquet"])
