@@ -49,6 +49,7 @@ from model import (
     KBERTConfig,
     KBERTForMaskedLM,
     KBERTForQuestionAnswering,
+    KBERTForReplacedTokenDetection,
     KBERTForSequenceClassification,
     compiled_backend,
     option,
@@ -210,6 +211,7 @@ HEADS = {  # of a kind of task, ours; those of other encoders are transformers' 
     "SequenceClassification": KBERTForSequenceClassification,
     "QuestionAnswering": KBERTForQuestionAnswering,
     "MaskedLM": KBERTForMaskedLM,
+    "ReplacedTokenDetection": KBERTForReplacedTokenDetection,
 }
 
 
@@ -346,7 +348,8 @@ class Network:
         self.flex = compiled_backend(device) == "flex"
         if self.kbert:
             logits = {"SequenceClassification": self.text_logits, "QuestionAnswering": self.span_logits}
-            self.packed_logits = {**logits, "MaskedLM": self.token_logits}[kind.head]
+            logits |= {"MaskedLM": self.token_logits, "ReplacedTokenDetection": self.detector_logits}
+            self.packed_logits = logits[kind.head]
 
     def compile(self, lengths: np.ndarray, batch: int, longest: int) -> None:
         """Has rows padded to two sizes with a graph for each: what suits batches of `batch` examples of these lengths.
@@ -473,6 +476,11 @@ class Network:
     def token_logits(self, hidden: Tensor, *_) -> Tensor:
         """The states of masked tokens [n, d] -> [n, V]."""
         return self.model.logits(hidden)
+
+    def detector_logits(self, hidden: Tensor, places: tuple, lengths: np.ndarray, *_) -> Tensor:
+        """hidden [T, d] -> [n, S]."""
+        logits = hidden.new_zeros((len(lengths), int(lengths.max())), dtype=torch.float32)
+        return logits.index_put(places, self.model.logits(hidden[: len(places[0])]))
 
     def padded(self, split: Split, row: np.ndarray) -> Tensor:
         lengths = split.lengths[row]
@@ -1126,7 +1134,8 @@ class Finetuner:
         if task == "pairs" and data.dataset is None:
             sample = locate_data(SAMPLE, self.process)
             data = dataclasses.replace(data, dataset=str(sample / "pairs"))
-        return self.process.on_main(lambda: read_data(task, base.tokenizer, base.max_length, data))
+        detector = "KBERTForReplacedTokenDetection" in (base.config.get("architectures") or ())
+        return self.process.on_main(lambda: read_data(task, base.tokenizer, base.max_length, data, detector))
 
     def open_folder(self) -> None:
         if self.hub:
