@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import ModelOutput
 
+from data.blimp import Pairs
 from data.examples import MissingData, Split
 from data.tasks import GLUE, TASKS, Data, Kind, read_data
 from dataloading import InputError, first_line, sha256_of
@@ -48,9 +49,12 @@ from model import (
     KBERTConfig,
     KBERTForMaskedLM,
     KBERTForQuestionAnswering,
+    KBERTForReplacedTokenDetection,
     KBERTForSequenceClassification,
     compiled_backend,
     option,
+    pack_slots,
+    slot_tiles,
 )
 from objectives import compile_each_shape
 from optimizer import Optimizer
@@ -69,6 +73,7 @@ from trainer import (
     read_settings,
     save_folder,
     save_model,
+    why_eager,
     write_settings,
 )
 
@@ -123,7 +128,7 @@ class FinetuneConfig:
     compare_random: bool = option(False, "also finetune the same shape from random weights")
     row_tokens: PositiveInt | None = option(None, "tokens in one forward; none: 4096 on a CPU, 16384 on a GPU")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to train; auto: on GPUs where there are any")
-    compile: bool = option(True, "torch.compile on a GPU")
+    compile: bool = option(True, "torch.compile: on a GPU, and on a CPU that trains on 3 million tokens or more")
     log_every: PositiveInt = option(20, "steps between lines of the log")
     resume: bool = option(False, "continue the newest unfinished run of the same settings, or --train.run_name")
     out: str = option("logs", "folder of runs")
@@ -206,6 +211,7 @@ HEADS = {  # of a kind of task, ours; those of other encoders are transformers' 
     "SequenceClassification": KBERTForSequenceClassification,
     "QuestionAnswering": KBERTForQuestionAnswering,
     "MaskedLM": KBERTForMaskedLM,
+    "ReplacedTokenDetection": KBERTForReplacedTokenDetection,
 }
 
 
@@ -338,16 +344,48 @@ class Network:
         # As many logits as the vocabulary has entries for each masked token: of more, a CPU's memory is the bottleneck
         most = 128 if device.type == "cpu" else 2048
         self.row_examples = most if kind.head == "MaskedLM" else math.inf
-        self.sizes = []
+        self.compiled_sizes: list[int] = []
+        self.flex = compiled_backend(device) == "flex"
         if self.kbert:
-            self.encode = model.encoder.encode
             logits = {"SequenceClassification": self.text_logits, "QuestionAnswering": self.span_logits}
-            self.packed_logits = {**logits, "MaskedLM": self.token_logits}[kind.head]
-            # Rows differ in size: with FlexAttention, graphs are compiled for a few; without, it runs eagerly
-            if train.compile and compiled_backend(device) == "flex":
-                self.sizes = [-(-self.row_tokens // (part * 128)) * 128 for part in (8, 4, 2, 1)]
-                model.encoder.attention_backend = "flex"
-                self.encode = compile_each_shape(self.encode)
+            logits |= {"MaskedLM": self.token_logits, "ReplacedTokenDetection": self.detector_logits}
+            self.packed_logits = logits[kind.head]
+
+    def compile(self, lengths: np.ndarray, batch: int, longest: int) -> None:
+        """Has rows padded to two sizes with a graph for each: what suits batches of `batch` examples of these lengths.
+
+        longest: tokens that an example of any split has at most.
+        """
+        self.max_length, rng = longest, np.random.default_rng(0)
+        tries = 200 if batch < len(lengths) else 1
+        batches = [rng.permutation(len(lengths))[:batch] for _ in range(tries)]
+        rows = [row for chosen in batches for row in self.rows(lengths, chosen)]
+        tokens = -(-np.array([lengths[row].sum() for row in rows]) // 128) * 128
+        # A GPU predicts in whole rows; what is longer than any row tried is divided
+        largest = self.row_tokens if self.flex else max(int(tokens.max()), longest)
+        largest = -(-largest // 128) * 128
+        small = min(set(tokens.tolist()), key=lambda size: np.where(tokens <= size, size, largest).sum())
+        self.compiled_sizes = sorted({small, largest})
+        self.model.encoder.attention_backend = "flex" if self.flex else "blockwise"
+        self.encode = compile_each_shape(self.model.encoder.encode)
+
+    def warm_up(self, training: bool) -> None:
+        """Compiles before the clock starts, on made-up rows."""
+        for mode in (True, False) if training else (False,):
+            self.train(mode)
+            for size in self.sizes:
+                token = torch.arange(size, dtype=torch.int32, device=self.device)
+                row = (token % 4, token // self.max_length, token % self.max_length)
+                with torch.set_grad_enabled(mode):
+                    hidden = self.states(*row, self.max_length)
+                if hidden.requires_grad:
+                    hidden.sum().backward()
+        self.model.zero_grad(set_to_none=True)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of compiled rows. A CPU predicts eagerly: in fp32 a graph hardly gains what it costs."""
+        return self.compiled_sizes if self.model.training or self.flex else []
 
     def train(self, mode: bool) -> None:
         self.model.train(mode)
@@ -356,11 +394,11 @@ class Network:
 
     def rows(self, lengths: np.ndarray, chosen: np.ndarray) -> list[np.ndarray]:
         """Divides the examples `chosen` into rows of at most row_tokens and row_examples, short ones together."""
-        rows, size = [[]], 0
+        rows, size, most = [[]], 0, self.sizes[-1] if self.sizes else self.row_tokens
         for i in sorted(chosen, key=lambda i: (lengths[i], i)):
             # Padded, all are as long as the longest, which is this one
             size = size + lengths[i] if self.kbert else (len(rows[-1]) + 1) * lengths[i]
-            if rows[-1] and (size > self.row_tokens or len(rows[-1]) == self.row_examples):
+            if rows[-1] and (size > most or len(rows[-1]) == self.row_examples):
                 rows, size = [*rows, []], lengths[i]
             rows[-1].append(i)
         return [np.array(row) for row in rows if row]
@@ -384,17 +422,31 @@ class Network:
         positions = np.arange(T, dtype=np.int32) - np.repeat(np.array([*starts, total], dtype=np.int32), repeats)
         arrays = (input_ids, document_ids, positions)
         input_ids, document_ids, positions = (torch.from_numpy(x).to(self.device) for x in arrays)
-        # All states, also where only those of [CLS] count: a graph that picked them would be compiled anew for each
-        # number of examples
-        bound, wanted = self.max_length if self.sizes else longest, self.kind.wanted(split, row)
+        wanted = self.kind.wanted(split, row)
         wanted = None if wanted is None else torch.from_numpy(starts + wanted).to(self.device)  # [n]
-        if self.sizes or wanted is None:
-            hidden = self.encode(input_ids, document_ids, positions, bound)  # [T, d]
-            hidden = hidden if wanted is None else hidden[wanted]
-        else:
-            hidden = self.encode(input_ids, document_ids, positions, bound, wanted=wanted)  # [n, d]
+        hidden = self.states(input_ids, document_ids, positions, longest, wanted)  # [T, d] or [n, d]
         places = (document_ids[:total].long(), positions[:total].long())
         return self.packed_logits(hidden, places, lengths, batch_index, batch)
+
+    def states(
+        self, input_ids: Tensor, document_ids: Tensor, positions: Tensor, longest: int, wanted: Tensor | None = None
+    ) -> Tensor:
+        """As KBERTModel.encode. A compiled graph gives all states: it would be compiled anew for each number wanted."""
+        row, encoder = (input_ids, document_ids, positions), self.model.encoder
+        if not self.sizes:
+            if longest > encoder.config.local_attention_window // 2 + 1:
+                return encoder.encode(*row, longest, wanted=wanted)
+            # Where local layers see whole examples, slots of these waste less than tiles
+            mask = slot_tiles(document_ids, pack_slots(document_ids, longest))
+            return encoder.run_blocks(encoder.embed(input_ids)[None], positions, mask, mask, wanted)[0]
+        slots = None
+        if not self.flex:
+            slots = pack_slots(document_ids, self.max_length)
+            if len(slots) == 1:  # a size that the compiler takes for a constant
+                slots = torch.cat([slots, torch.full_like(slots, len(input_ids))])
+            torch._dynamo.mark_dynamic(slots, 0)
+        hidden = self.encode(*row, self.max_length, slots=slots)
+        return hidden if wanted is None else hidden[wanted]
 
     def text_logits(
         self, hidden: Tensor, places: tuple, lengths: np.ndarray, batch_index: np.ndarray, batch: int
@@ -424,6 +476,11 @@ class Network:
     def token_logits(self, hidden: Tensor, *_) -> Tensor:
         """The states of masked tokens [n, d] -> [n, V]."""
         return self.model.logits(hidden)
+
+    def detector_logits(self, hidden: Tensor, places: tuple, lengths: np.ndarray, *_) -> Tensor:
+        """hidden [T, d] -> [n, S]."""
+        logits = hidden.new_zeros((len(lengths), int(lengths.max())), dtype=torch.float32)
+        return logits.index_put(places, self.model.logits(hidden[: len(places[0])]))
 
     def padded(self, split: Split, row: np.ndarray) -> Tensor:
         lengths = split.lengths[row]
@@ -462,11 +519,17 @@ class Network:
 
 
 @torch.no_grad()
-def predict(net: Network, split: Split, process: Process) -> list:
-    """What the kind of task keeps of each example's logits. Ranks share the rows; all get all."""
+def predict(
+    net: Network, split: Split, process: Process, chosen: np.ndarray | None = None, dtype: torch.dtype | None = None
+) -> list:
+    """What the kind of task keeps of the logits of the examples `chosen`, of all if None. Ranks share the rows; all get
+    all. dtype: of a KBERT's activations; None: fp32.
+    """
     net.train(False)
-    found = []
-    for row in net.rows(split.lengths, np.arange(len(split.ends)))[process.rank :: process.world_size]:
+    if dtype is not None:
+        net.model.encoder.compute_dtype = dtype
+    found, chosen = [], np.arange(len(split.ends)) if chosen is None else chosen
+    for row in net.rows(split.lengths, chosen)[process.rank :: process.world_size]:
         logits = net.outputs(split, row, np.arange(len(row)), len(row))
         found += zip(row.tolist(), net.kind.keep(logits, split, row))
     if process.world_size > 1:
@@ -476,12 +539,25 @@ def predict(net: Network, split: Split, process: Process) -> list:
     return [value for _, value in sorted(found, key=lambda pair: pair[0])]
 
 
+def score_pairs(net: Network, pairs: Pairs, process: Process) -> list:
+    """As predict, but in fp32 only where rounding might decide a pair: within four times the most that bf16 was off."""
+    scores = np.array(predict(net, pairs, process, dtype=torch.bfloat16))
+    exact, band = np.zeros(len(scores), dtype=bool), 0.5
+    while (todo := np.flatnonzero(pairs.closer_than(band, scores) & ~exact)).size:
+        before, scores[todo], exact[todo] = scores[todo], predict(net, pairs, process, todo), True
+        error = np.abs(np.bincount(pairs.sentence[todo], weights=scores[todo] - before)).max()
+        band = max(band, 4 * error)
+    return scores.tolist()
+
+
 def evaluate(net: Network, data: Data, splits: list[str], process: Process) -> tuple[dict, dict]:
     """{split: metrics} of those with labels, {split: predictions}. The dev split comes first: thresholds follow it."""
     metrics, predictions = {}, {}
     for name in sorted(splits, key=lambda name: name != data.dev):
         split = data.splits[name]
-        kept = predict(net, split, process)
+        # An eager forward, such as a CPU's, gains; another graph would not
+        quick = isinstance(split, Pairs) and net.kbert and not net.sizes
+        kept = (score_pairs if quick else predict)(net, split, process)
         found, predictions[name] = net.kind.measure(kept, split, metrics.get(data.dev, {}))
         if found:
             metrics[name] = found
@@ -490,6 +566,7 @@ def evaluate(net: Network, data: Data, splits: list[str], process: Process) -> t
 
 def judge(net: Network, data: Data, process: Process) -> tuple[dict, dict]:
     """A run of a task that trains nothing: returns what Training.run does."""
+    net.warm_up(training=False)
     clock = Clock(process.device)
     clock.start()
     metrics, predictions = evaluate(net, data, data.labelled, process)
@@ -506,12 +583,16 @@ def dev_score(metrics: dict[str, dict], data: Data) -> float:
 # One run
 
 
-def make_step(model: nn.Module, train: FinetuneConfig, process: Process) -> Callable[[float], None]:
+def make_step(
+    model: nn.Module, train: FinetuneConfig, process: Process, compiled: bool = False
+) -> Callable[[float], None]:
     """What updates a model from each rank's part of the gradients, at a factor of the peak learning rate."""
-    return (muon_step if train.optimizer == "muon" else adamw_step)(model, train, process)
+    if train.optimizer == "muon":
+        return muon_step(model, train, process, compiled)
+    return adamw_step(model, train, process)
 
 
-def muon_step(model: nn.Module, train: FinetuneConfig, process: Process) -> Callable[[float], None]:
+def muon_step(model: nn.Module, train: FinetuneConfig, process: Process, compiled: bool) -> Callable[[float], None]:
     """The optimizer of pretraining: Muon for the blocks' matrices, Adam at a twentieth of its rate for all else.
 
     Matrices that Muon has trained are several times as large as AdamW's, whose customary rates hardly move them, and a
@@ -528,8 +609,11 @@ def muon_step(model: nn.Module, train: FinetuneConfig, process: Process) -> Call
         muon_beta2=0.95,
         muon_polar_steps=5,
         adam_eps=1e-6,
+        compiled=compiled,
         **{f"{group}_{name}": value for group in ("embed", "scalar") for name, value in adam.items()},
     )
+    optimizer.step(0.0, momentum=0.95)  # compiles, and moves nothing
+    optimizer.reset()
     return lambda factor: optimizer.step(factor, momentum=0.95)
 
 
@@ -573,7 +657,8 @@ class Training:
         self.net, self.data, self.train, self.process, self.log, self.label = net, data, train, process, log, label
         self.split = data.splits["train"]
         set_trainable(net.model, train.trainable)
-        self.update = make_step(net.model, train, process)
+        self.update = make_step(net.model, train, process, compiled=bool(net.compiled_sizes))
+        net.warm_up(training=True)
         self.examples = len(self.split.ends)
         self.per_epoch = -(-self.examples // train.batch_size)
         self.steps = max(1, round(train.epochs * self.per_epoch))
@@ -666,15 +751,9 @@ class Training:
 # ---------------------------------------------------------------------------------------------------------------------
 # One task: every run of its grid, the chosen model's folder, predictions and card
 
-RECORDED = (
-    "optimizer",
-    "lr",
-    "weight_decay",
-    "epochs",
-    "batch_size",
-    "trainable",
-    "seed",
-)  # the settings that tell runs apart
+# The settings that tell runs apart
+RECORDED = ("optimizer", "lr", "weight_decay", "epochs", "batch_size", "lr_schedule", "trainable", "seed")
+COMPILE_FROM = 3_000_000  # tokens of training, over all runs, that a CPU compiles for
 MODEL_CARD = """---
 {{ card_data }}
 ---
@@ -759,8 +838,19 @@ class TaskRuns:
         """Into the network that is compiled already, if there is one."""
         if self.net is None:
             self.net = Network(model, self.base, self.data.kind, self.cells[0], self.process.device)
+            self.compile()
         else:
             self.net.model.load_state_dict(model.state_dict())
+
+    def compile(self) -> None:
+        """On a CPU a graph takes as long as a step on some 500,000 tokens gains by it, so only for long trainings."""
+        splits, first = self.data.splits, self.cells[0]
+        judged = splits["train" if self.data.trains else self.data.dev].lengths
+        tokens = judged.sum() * sum(cell.epochs for cell in self.cells) * len(self.starts) * self.data.trains
+        pays = self.net.flex or tokens >= COMPILE_FROM
+        if first.compile and self.net.kbert and pays and why_eager(self.process.device) is None:
+            batch = -(-first.batch_size // self.process.world_size) if self.data.trains else len(judged)
+            self.net.compile(judged, batch, max(int(split.lengths.max()) for split in splits.values()))
 
     def keep(self, run: dict, predictions: dict) -> None:
         others = [other["score"] for other in self.done if other["start"] == run["start"]]
@@ -1044,7 +1134,8 @@ class Finetuner:
         if task == "pairs" and data.dataset is None:
             sample = locate_data(SAMPLE, self.process)
             data = dataclasses.replace(data, dataset=str(sample / "pairs"))
-        return self.process.on_main(lambda: read_data(task, base.tokenizer, base.max_length, data))
+        detector = "KBERTForReplacedTokenDetection" in (base.config.get("architectures") or ())
+        return self.process.on_main(lambda: read_data(task, base.tokenizer, base.max_length, data, detector))
 
     def open_folder(self) -> None:
         if self.hub:
@@ -1056,7 +1147,11 @@ class Finetuner:
         weights = Path(self.base_name) / "model.safetensors"
         data = {"base_sha256": sha256_of(weights) if weights.exists() else None}
         machine = environment(self.process.device, self.process.world_size)
-        self.log.open(self.argv, {**self.repeat, "base_model": self.base_name}, machine, data, self.code)
+        settled, train = choose_rates(self.train, self.protocol, self.base.kbert), self.repeat["train"]
+        train = {name: getattr(settled, name) for name in train} | {"base_model": self.base_name}
+        self.log.open(
+            self.argv, {**self.repeat, "train": train, "base_model": self.base_name}, machine, data, self.code
+        )
         newest = "" if self.train.base_model else ", the newest finished pretraining run"
         self.log.section("run", f"{self.folder}: from {self.base_name}{newest}", echo=True)
 

@@ -184,6 +184,7 @@ PRESETS = {
         "train.lr_warmup": 0.0,  # its first step would be one of rate zero
         "train.mask_rate_start": 0.40,
         "train.mask_rate_end": 0.30,
+        "train.detection_weight": 10.0,
         # With 1,400 words to guess in a step, a rare word's gradient is noise: one occurrence gives 7e-4
         "train.adam_eps": 1e-4,
         "train.muon_momentum": 0.85,
@@ -1247,8 +1248,8 @@ class Run:
             return
         self.log.bar.close()
         if finished:
-            if self.hub:
-                self.hub.push(self.folder / "model", "main")
+            for part in self.objective.parts() if self.hub else ():
+                self.hub.push(self.folder / (part or "model"), part or "main")
             self.print_summary()
         else:
             print(f"stopped at step {self.step}; continue with --train.resume auto")

@@ -22,7 +22,10 @@ EQUAL = 1e-4  # nats: sentences of the same tokens, or of the same under a model
 
 @dataclass
 class Pairs(Split):
-    """Examples are sentences with one token masked; labels [examples, 2] are its position and the token itself."""
+    """Examples are sentences with one token masked; labels [examples, 2] are its position and the token itself.
+
+    Where nothing is masked, an example is a sentence as it is.
+    """
 
     sentence: np.ndarray  # [examples] number of the sentence
     good: np.ndarray  # [pairs] number of the acceptable sentence
@@ -33,19 +36,30 @@ class Pairs(Split):
     def examples(self) -> int:
         return len(self.table)
 
+    def scores(self, log_probabilities: list[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Scores of both sentences [pairs], in nats. log_probabilities: of each example's masked token."""
+        scores = np.bincount(self.sentence, weights=log_probabilities)  # [sentences]
+        return scores[self.good], scores[self.bad]
+
+    def closer_than(self, band: float, log_probabilities: np.ndarray) -> np.ndarray:
+        """[examples] whether a sentence belongs to a pair whose scores are less than `band` nats apart."""
+        good, bad = self.scores(log_probabilities)
+        close = np.abs(good - bad) < band
+        return np.isin(self.sentence, np.concatenate([self.good[close], self.bad[close]]))
+
     def contents(self) -> Iterator[bytes]:
         for row in self.table[["UID", "good", "bad"]].itertuples(index=False):
             yield "\0".join(row).encode()
 
 
 def encode_pairs(
-    tables: dict, columns: list[str], tokenizer: PreTrainedTokenizerFast, max_length: int
+    tables: dict, columns: list[str], tokenizer: PreTrainedTokenizerFast, max_length: int, masked: bool = True
 ) -> tuple[Pairs, int]:
     """The pairs of all tables, and how many sentences were cut. Without a UID, a pair's paradigm is its table's name.
 
-    columns: of the acceptable sentence and of the other.
+    columns: of the acceptable sentence and of the other. masked: whether an example is a sentence with a token masked.
     """
-    if tokenizer.mask_token_id is None:
+    if masked and tokenizer.mask_token_id is None:
         raise InputError(
             f"the tokenizer of {tokenizer.name_or_path} has no mask token: "
             "give --train.base_model a masked language model"
@@ -56,16 +70,18 @@ def encode_pairs(
     encoded = tokenizer(list(sentences), truncation=True, max_length=max_length, return_special_tokens_mask=True)
     for ids, special, encoding in zip(encoded["input_ids"], encoded["special_tokens_mask"], encoded.encodings):
         at = np.flatnonzero(np.array(special) == 0)  # [n] neither [CLS] nor [SEP]
-        masked = np.tile(np.array(ids, np.int32), (len(at), 1))  # [n, S]
-        labels.append(np.stack([at, masked[0, at] if len(at) else at], axis=1))
-        masked[np.arange(len(at)), at] = tokenizer.mask_token_id
-        tokens.append(masked)
-        counts.append(len(at))
+        ids = np.array(ids, np.int32)
+        labels.append(np.stack([at, ids[at]], axis=1))
+        copies = np.tile(ids, (len(at), 1))  # [n, S]
+        if masked:
+            copies[np.arange(len(at)), at] = tokenizer.mask_token_id
+        tokens.append(copies if masked else copies[:1])
+        counts.append(len(tokens[-1]))
         cut += bool(encoding.overflowing)
     if empty := [sentences[i] for i in np.flatnonzero(np.array(counts) == 0)]:
         row = table[(table.good == empty[0]) | (table.bad == empty[0])].iloc[0]
         raise InputError(f"pair {row.pair} of {row.UID} has a sentence without words: write it or take the pair away")
-    lengths = np.repeat([masked.shape[1] for masked in tokens], counts)
+    lengths = np.repeat([copies.shape[1] for copies in tokens], counts)
     good, bad = np.split(numbers, 2)
     flat, known, idx = np.concatenate([x.ravel() for x in tokens]), np.ones(len(lengths), bool), range(len(lengths))
     sentence = np.repeat(np.arange(len(sentences)), counts)
@@ -91,8 +107,7 @@ def measure_pairs(log_probabilities: list[float], pairs: Pairs) -> tuple[dict[st
     log_probabilities: of each example's masked token, in nats. Pairs whose scores are equal count half; `equal` is
     their share.
     """
-    scores = np.bincount(pairs.sentence, weights=log_probabilities)  # [sentences]
-    good, bad = scores[pairs.good], scores[pairs.bad]
+    good, bad = pairs.scores(log_probabilities)
     equal = np.abs(good - bad) < EQUAL
     table = pairs.table.assign(score_good=good, score_bad=bad, correct=np.where(equal, 0.5, good > bad))
     paradigms = table.groupby("UID", sort=False).agg({"field": "first", "correct": "mean"})

@@ -279,6 +279,7 @@ class MinimalPairs(Kind):
     pipeline_tag = "fill-mask"
     required_splits = ()
     baseline_name = "chance"
+    masked = True
 
     def read_hub(self, name: str) -> dict:
         return read_configurations(name)
@@ -291,7 +292,7 @@ class MinimalPairs(Kind):
     ) -> tuple[dict[str, Split], int]:
         """One split, whatever files and splits the data has: nothing was trained on any."""
         tables = {table_name(self.settings.dataset, split): rows for split, rows in tables.items()}
-        pairs, cut = encode_pairs(tables, columns, tokenizer, max_length)
+        pairs, cut = encode_pairs(tables, columns, tokenizer, max_length, self.masked)
         return {"test": pairs}, cut
 
     def wanted(self, split: Pairs, row: np.ndarray) -> np.ndarray:
@@ -308,8 +309,25 @@ class MinimalPairs(Kind):
         return measure_pairs(kept, split)
 
     def write(self, folder: Path, name: str, split: Pairs, predictions: pd.DataFrame) -> None:
-        """A TSV of the pairs with their scores."""
+        """A TSV of the pairs with their scores, which a CPU rounds to bf16 where a pair is clear."""
         predictions.to_csv(folder / f"{name}.tsv", sep="\t", index=False, float_format="%.4f")
+
+
+class DetectedPairs(MinimalPairs):
+    """By a detector of replaced tokens, which reads a sentence as it is: how likely each token is the text's own."""
+
+    head = "ReplacedTokenDetection"
+    masked = False
+
+    def wanted(self, split: Pairs, row: np.ndarray) -> None:
+        return None
+
+    def keep(self, logits: Tensor, split: Pairs, row: np.ndarray) -> list:
+        """logits [n, S] -> the sum of log(1 - p) over the text, which is what stands between [CLS] and [SEP]."""
+        token = torch.arange(logits.size(1), device=logits.device)
+        last = torch.from_numpy(split.lengths[row]).to(logits.device) - 1
+        text = (token > 0) & (token < last[:, None])  # [n, S]
+        return F.logsigmoid(-logits).masked_fill(~text, 0.0).sum(1).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,9 +405,10 @@ class Data:
         return {name: metrics for name, metrics in found.items() if metrics}
 
 
-def read_data(name: str, tokenizer: PreTrainedTokenizerFast, max_length: int, settings) -> Data:
+def read_data(name: str, tokenizer: PreTrainedTokenizerFast, max_length: int, settings, detector: bool = False) -> Data:
     """Everything from --task and --data.* (settings) to tokenised splits, of examples of at most max_length tokens.
 
+    detector: whether the encoder was pretrained as one.
     Raises MissingData for data that is not there, InputError for data that is no use.
     """
     task, notes = TASKS[name], []
@@ -399,6 +418,8 @@ def read_data(name: str, tokenizer: PreTrainedTokenizerFast, max_length: int, se
             f"--task {name} needs data: give --data.dataset FILE_OR_FOLDER, --data.text COLUMN and --data.label COLUMN"
         )
     kind = (task.kind or Classes)(task, settings)
+    if detector and task.kind is MinimalPairs:
+        kind = DetectedPairs(task, settings)
     if (Path(source) / "manifest.json").exists():
         splits, names, cut = read_shards(Path(source), tokenizer, max_length)
         kind.name_packed(splits, names)

@@ -37,6 +37,8 @@ SIGNIFICANCE = 0.01  # of both tests: loss below target, time below the record b
 MOST_BYTES = 2_000_000  # of a record
 SAME_EVERYWHERE = ("device", "threads", "torch", "cuda", "driver", "world_size")
 FREE_BETWEEN_RUNS = ("seed", "run_name", "out", "hf_model_name", "wandb_project", "resume")
+FREE_BETWEEN_MACHINES = (*FREE_BETWEEN_RUNS, "dir", "declared_runs")
+FINETUNED_BY = ("protocol", "optimizer", "lr", "weight_decay", "epochs", "batch_size", "lr_schedule", "seeds")
 
 
 def read_tracks(root: Path) -> dict[str, dict]:
@@ -253,6 +255,9 @@ def measure(record: Record, target: dict, before: list[Log] | None) -> dict:
         "mnli_mismatched": mean([score["mismatched"] for score in mnli]),
         "p_target": None,
     }
+    if record.finetuned:
+        settings = settings_of(record.finetuned[0])
+        measured["finetuned_by"] = {name: settings.get(name) for name in FINETUNED_BY}
     scores, better = (losses, "less") if target["metric"] == "val_loss" else (matched, "greater")
     if len(scores) > 1:
         measured["p_target"] = float(ttest_1samp(scores, target["value"], alternative=better).pvalue)
@@ -280,7 +285,7 @@ def check_code(log: Log) -> Iterator[str]:
         yield f"{log.path}: not the code that ran: {different}"
 
 
-def settings_of(log: Log, free: Sequence[str]) -> dict:
+def settings_of(log: Log, free: Sequence[str] = ()) -> dict:
     """A log's configuration, flat and without what is free."""
     flat = {}
     for name, value in log.named("config").items():
@@ -391,8 +396,7 @@ def check_finetuned(record: Record, track: dict) -> Iterator[str]:
             yield f"{at(log, 'data')}: it started from another model than these runs'"
         yield from check_seal(log)
         asked = track["finetuning"]
-        if (protocol := log.named("config", "protocol")) != asked["protocol"]:
-            yield f"{at(log, 'config')}: the protocol is {protocol}, the track's is {asked['protocol']}"
+        yield from check_protocol(log, asked)
         if (judged_by := log.named("result", "splits", "mnli", "validation_matched")) != asked["validation_matched"]:
             yield (
                 f"{at(log, 'result')}: validation_matched is {judged_by}, the track's is {asked['validation_matched']}"
@@ -402,6 +406,17 @@ def check_finetuned(record: Record, track: dict) -> Iterator[str]:
             yield f"{at(log, 'result')}: the result is not the median of the runs' last dev_score"
     if record.finetuned:
         yield from check_together(record.finetuned, "a finetuning of this record", (*FREE_BETWEEN_RUNS, "base_model"))
+
+
+def check_protocol(log: Log, asked: dict) -> Iterator[str]:
+    """The track's settings, and the rate that it has for the optimizer; what it does not name is free."""
+    found = settings_of(log)
+    expected = {"protocol": asked["protocol"], **asked["settings"], "lr": asked["lr"].get(found["optimizer"])}
+    different = [
+        f"{name} {found.get(name)} in place of {value}" for name, value in expected.items() if found.get(name) != value
+    ]
+    if different:
+        yield f"{at(log, 'config')}: not the track's finetuning, but with {', '.join(different)}"
 
 
 def check_claim(record: Record, track: dict, before: Record | None) -> Iterator[str]:
@@ -436,6 +451,9 @@ def check_faster(record: Record, track: dict, before: Record, measured: dict) ->
         yield from check_run(log)
     if theirs[0].hashes != before.logs[0].hashes:
         yield f"{theirs[0].path}: not the code of {beaten}"
+    ran, ran_before = (settings_of(log, FREE_BETWEEN_MACHINES) for log in (theirs[0], before.logs[0]))
+    if different := differing(ran, ran_before):
+        yield f"{at(theirs[0], 'config')}: not the settings of {beaten}: {different}"
     here = record.logs[0].named("environment")
     for log in [*theirs, *record.logs]:
         there = log.named("environment")

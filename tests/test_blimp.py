@@ -26,6 +26,7 @@ import finetuner
 from conftest import SPECIALS, as_flags, run_python, tiny
 from dataloading import InputError
 from hub_stand_in import Hub
+from model import KBERTForReplacedTokenDetection
 
 WORDS = "the cat dog sat ran on under a mat tree and then slept".split()
 IDS = {f"{name}_token_id": i for name, i in SPECIALS.items() if name != "unk"}
@@ -125,7 +126,9 @@ def test_scores_are_those_of_a_plain_scorer(word_tokenizer, pairs, tmp_path, mon
     assert len(found) == 24 and len({row["score_good"] for row in found}) > 20
     for row in found:
         good, bad = (plain_score(model, tokenizer, row[which]) for which in ("good", "bad"))
-        assert (float(row["score_good"]), float(row["score_bad"])) == pytest.approx((good, bad), abs=2e-3)
+        clear = name == "kbert" and abs(good - bad) > 0.5  # which a CPU scores in bf16
+        rounded = pytest.approx((good, bad), abs=2e-3, rel=0.02 if clear else None)
+        assert (float(row["score_good"]), float(row["score_bad"])) == rounded
         assert float(row["correct"]) == (0.5 if abs(good - bad) < 1e-5 else good > bad)
         right.setdefault(row["UID"], []).append(float(row["correct"]))
     means = {uid: np.mean(values) for uid, values in right.items()}
@@ -134,6 +137,23 @@ def test_scores_are_those_of_a_plain_scorer(word_tokenizer, pairs, tmp_path, mon
     expected["field syntax_semantics"] = (means["island"] + means["binding"]) / 2
     assert metrics_of(run) == pytest.approx(expected)
     assert set(means) == {"island", "binding", "turn_taking"}
+
+
+def test_a_detector_judges_by_its_own_scores(word_tokenizer, pairs, tmp_path):
+    """How likely it finds each token to be the text's own, summed up in a plain loop."""
+    make = functools.partial(tiny, KBERTForReplacedTokenDetection, vocab_size=VOCABULARY, **IDS)
+    base = save(tmp_path / "base", word_tokenizer, "detector", make)
+    found = predictions_of(judge(base, tmp_path, pairs))
+    model, tokenizer = make(), AutoTokenizer.from_pretrained(base)
+    assert len(found) == 24 and len({row["score_good"] for row in found}) > 20
+    for row in found:
+        scores, own = [float(row["score_good"]), float(row["score_bad"])], []
+        for which in ("good", "bad"):
+            ids = tokenizer(row[which], return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                own.append((1 - model(ids).logits[0, 1:-1].double().sigmoid()).log().sum().item())
+        clear = abs(scores[0] - scores[1]) > 0.5  # which a CPU scores in bf16
+        assert scores == pytest.approx(own, abs=2e-3, rel=0.05 if clear else None)
 
 
 def test_a_model_blind_to_context_is_at_chance(word_tokenizer, tmp_path):

@@ -185,34 +185,71 @@ def test_an_example_does_not_see_what_it_is_packed_with(base, tokenizer, cls, po
             torch.testing.assert_close(alone, theirs, atol=2e-5, rtol=1e-4)
 
 
-def test_a_gpu_compiles_each_size_of_row_once_for_training_and_once_for_prediction(base, tokenizer, monkeypatch):
-    """What a GPU compiles, by the compiler's front end alone: at dynamo's own limit a ninth graph would run eagerly."""
-    plain, split = make_network(base, row_tokens=512), make_split(tokenizer, 40)
-    monkeypatch.setattr(finetuner, "compiled_backend", lambda device: "flex")
+def compile_in_front_alone(monkeypatch, backend: str) -> None:
+    """Through the compiler's front end alone: at dynamo's own limit a ninth graph would run eagerly."""
+    monkeypatch.setattr(finetuner, "compiled_backend", lambda device: backend)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
-    def graphs_after(net: Network, training: bool) -> int:
-        net.train(training)
-        with torch.no_grad():
-            for count in (1, 2, 4, 9, 15, 20, 3, 1):
-                net.outputs(split, np.arange(count), np.arange(count), 20)
-        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
+def unique_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("backend", ["flex", "blockwise"])
+def test_two_sizes_of_row_are_compiled_before_the_first_step(base, tokenizer, monkeypatch, backend):
+    """For training, and where FlexAttention needs it for prediction; real rows then bring no graph of their own."""
+    compile_in_front_alone(monkeypatch, backend)
+    plain, split = make_network(base, row_tokens=512), make_split(tokenizer, 40)
     for _ in ("one task", "another one in the same process"):
         net = make_network(base, row_tokens=512)
-        assert len(net.sizes) == 4 and set(net.sizes) == {128, 256, 512}
-        graphs_after(net, training=True)
-        assert graphs_after(net, training=False) == 6
-    finetuner.set_trainable(net.model, "classifier")
-    assert graphs_after(net, training=True) == 9
-    plain.train(False)
-    net.train(False)
+        net.compile(split.lengths, 20, 40)
+        net.model.requires_grad_(backend == "blockwise")  # FlexAttention has no backward on a CPU
+        assert len(net.compiled_sizes) == 2 and max(net.compiled_sizes) <= 512
+        net.warm_up(training=True)
+        graphs = unique_graphs()
+        assert graphs == (2 if backend == "blockwise" else 4)
+        for training in (True, False):
+            net.train(training)
+            with torch.set_grad_enabled(training):
+                for count in (1, 2, 4, 9, 15, 20, 3, 1):
+                    net.outputs(split, np.arange(count), np.arange(count), 20)
+        assert unique_graphs() == graphs and net.sizes == ([] if backend == "blockwise" else net.compiled_sizes)
+    for network in (net, plain):
+        network.model.train(True)
+        network.model.dropout.p = 0.0
+        network.model.encoder.compute_dtype = None
     row = np.arange(12)
-    with torch.no_grad():
-        ours, theirs = (network.outputs(split, row, row, 12) for network in (net, plain))
-    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        *(network.outputs(split, row, row, 12) for network in (net, plain)), atol=2e-5, rtol=1e-4
+    )
+
+
+def test_a_batch_longer_than_any_that_was_tried_is_divided(base, tokenizer, monkeypatch):
+    compile_in_front_alone(monkeypatch, "blockwise")
+    net, split = make_network(base, row_tokens=4096), make_split(tokenizer, 40)
+    net.compile(np.full(40, 8), 10, int(split.lengths.max()))
+    net.train(True)
+    rows = net.rows(split.lengths, np.arange(40))
+    assert net.compiled_sizes == [128] and len(rows) > 1 and sorted(np.concatenate(rows)) == list(range(40))
+    for row in rows:
+        assert net.outputs(split, row, np.arange(len(row)), len(row)).shape == (len(row), 2)
+
+
+def test_a_cpu_compiles_where_there_is_much_to_train(base, films, tmp_path, monkeypatch):
+    compile_in_front_alone(monkeypatch, "blockwise")
+    quick = {"data_dataset": films, "data_max_train_examples": 64}
+    eager = go(base, tmp_path / "eager", **quick)
+    assert unique_graphs() == 0
+    monkeypatch.setattr(finetuner, "COMPILE_FROM", 1)
+    compiled = go(base, tmp_path / "compiled", **quick)
+    assert unique_graphs() > 0
+    found = [
+        [line["train_loss"] for line in read_jsonl(run / "metrics.jsonl") if "train_loss" in line]
+        for run in (eager, compiled)
+    ]
+    assert found[0] == pytest.approx(found[1], abs=2e-3)
 
 
 def gradients(net: Network, split: Split, seed: int) -> torch.Tensor:
@@ -299,7 +336,8 @@ def test_figures_of_the_results_stand_apart():
 
 def test_a_grid_lists_what_differs_the_best_first():
     runs = [{"lr": lr, "weight_decay": 1e-6, "epochs": 1.0, "batch_size": 64} for lr in (1e-5, 3e-5, 8e-5)]
-    runs = [{"settings": {**run, "optimizer": "muon", "trainable": "all", "seed": 1}, "best_step": 4} for run in runs]
+    same = {"optimizer": "muon", "lr_schedule": "cosine", "trainable": "all", "seed": 1}
+    runs = [{"settings": {**run, **same}, "best_step": 4} for run in runs]
     table = finetuner.grid_table([{**run, "score": score} for run, score in zip(runs, (0.25, 0.75, 0.5))])
     assert [line.split() for line in table.splitlines()] == [
         ["lr", "dev_score", "best_step"],
@@ -563,6 +601,7 @@ def test_a_run_learns_and_reports_beside_majority_and_random_weights(base, finis
     assert {line.run for line in log.lines} == {1, 2} and tuple(log.code) == finetuner.MODULES
     # What records/ reads
     assert log.named("config", "protocol") == "default" and log.named("config", "base_model") == base
+    assert log.named("config", "train", "optimizer") == "muon" and log.named("config", "train", "lr") == 1e-3
     assert log.named("data", "base_sha256") == sha256_of(Path(base) / "model.safetensors")
     for name in ("splits", "results"):
         assert log.named("result", name, "custom") == report[name]
@@ -773,6 +812,10 @@ def test_glue_runs_what_is_there_and_hands_mnli_over(base, tmp_path, capsys):
     accuracy = reports["mnli"]["results"]["pretrained"]["validation_mismatched"]["accuracy"]["median"]
     assert scores["MNLI-mm"] == pytest.approx(100 * accuracy) and scores["CoLA"] is None
     assert reports["rte"]["base_model"] == str(run / "mnli" / "model")
+    alone = go(base, tmp_path, "rte", data_dataset=tmp_path / "glue", **few, train_run_name="alone").with_name("alone")
+    assert report_of(alone)["base_model"] == str(run / "mnli" / "model")
+    for report in (*reports.values(), report_of(alone)):
+        assert report["model"]["settings"]["optimizer"] == "muon"
     said = capsys.readouterr().out
     assert "cola is left out: " in said
     header, _, row = said.split("tasks\n")[1].splitlines()[:3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import torch
 import transformers
 from torch.export import Dim
 
-from conftest import LENGTHS, VOCAB, row_of, tiny
+from conftest import LENGTHS, ROOT, VOCAB, row_of, tiny
 from model import (
     KBERTConfig,
     KBERTForMaskedLM,
@@ -284,3 +285,25 @@ def test_onnx_runtime_agrees_at_other_sizes(cls, tmp_path):
         found = session.run(None, {name: x.numpy() for name, x in inputs.items()})
         for a, b in zip(found, model(**inputs).to_tuple()):
             torch.testing.assert_close(torch.from_numpy(a), b, atol=1e-4, rtol=1e-4)
+
+
+# --- finetuning by others' means
+
+
+def test_the_readmes_recipe_gives_the_trainer_muon_for_matrices(saved, tmp_path, monkeypatch):
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs it: pip install accelerate")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (recipe,) = (block for block in blocks if "torch.optim.Muon" in block)
+    folder = saved(KBERTForSequenceClassification, num_labels=3)
+    train = [{"input_ids": [0, 5 + i % 3, 8, 1], "label": i % 3} for i in range(96)]
+    names = {"train": train, "tokenizer": transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)}
+    exec(recipe.replace("logs/RUN/model", str(folder)), names)
+    before = KBERTForSequenceClassification.from_pretrained(folder).state_dict()
+    assert all(not torch.equal(p, before[name]) for name, p in names["model"].named_parameters())
+    matrices = {id(p) for p in names["muon"].state}
+    assert {id(p) for p in names["adamw"].state} | matrices == {id(p) for p in names["model"].parameters()}
+    assert all(p.grad is None for p in names["model"].parameters())
+    assert len(matrices) == 4 * 4 and names["muon"].param_groups[0]["lr"] < 0.01
+    losses = [line["train_loss"] for line in names["trainer"].state.log_history if "train_loss" in line]
+    assert all(loss < 1.0 for loss in losses)

@@ -371,6 +371,16 @@ def test_paired_runs_are_of_the_record_before(record):
     assert any("not the code of" in problem for problem in verify(record))
 
 
+def test_paired_runs_have_the_settings_of_the_record_before(record):
+    (record / "paired").mkdir()
+    for number in (1, 2, 3):
+        text = retimed(read_log(record / "logs" / f"{number}.txt").text, 3.0, 0.01 * number)
+        slower = in_section("config", "train.embed_lr", 1e-9)(text)
+        (record / "paired" / f"{number}.txt").write_text(sealed(slower))
+    before = json.loads((record / "record.json").read_text())["beats"]
+    assert any(problem.endswith(f"not the settings of {before}: embed_lr") for problem in verify(record))
+
+
 def test_a_device_is_named_by_whole_words(record):
     log, track = (
         read_log(record / "logs" / "2.txt"),
@@ -434,7 +444,12 @@ def mnli_archive(archive, runs, word_tokenizer, tmp_path_factory) -> Path:
     judged_by = read_log(tuned[0]).named("result", "splits", "mnli", "validation_matched")
     tracks["tiny-mnli"] = tracks["tiny"] | {
         "target": {"metric": "mnli_matched", "value": 1.0},
-        "finetuning": {"protocol": "default", "validation_matched": judged_by},
+        "finetuning": {
+            "protocol": "default",
+            "settings": {"epochs": 1.0, "batch_size": 8, "seeds": 3, "lr_schedule": "one_cycle"},
+            "lr": {"muon": finetuner.MUON_LR, "adamw": 5e-5},
+            "validation_matched": judged_by,
+        },
     }
     (root / "tracks.json").write_text(json.dumps(tracks))
     date = read_log(runs[0]).named("environment", "started")[:10]
@@ -457,6 +472,7 @@ def test_a_record_by_mnli(by_mnli):
     results = [read_log(log).named("result", "results") for log in sorted((by_mnli / "finetuned").iterdir())]
     scores = [100 * result["mnli"]["pretrained"]["validation_matched"]["accuracy"]["median"] for result in results]
     said = json.loads((by_mnli / "record.json").read_text())["measured"]
+    assert said["finetuned_by"] | {"optimizer": "muon", "lr": 0.01, "epochs": 1.0, "seeds": 3} == said["finetuned_by"]
     assert len(scores) == 3 and said["mnli_matched"] == pytest.approx(sum(scores) / 3) and said["p_target"] < 0.01
     root = by_mnli.parents[1]
     assert root / "figures" / "pareto.png" in update(root, check=False)  # with a star of ours
@@ -466,7 +482,11 @@ def test_a_record_by_mnli(by_mnli):
 @pytest.mark.parametrize(
     "section,name,value,message",
     (
-        ("config", "protocol", "sane", "the protocol is sane"),
+        ("config", "protocol", "sane", "not the track's finetuning, but with protocol sane in place of default"),
+        ("config", "train.epochs", 9.0, "with epochs 9.0 in place of 1.0"),
+        ("config", "train.lr_schedule", "cosine", "with lr_schedule cosine in place of one_cycle"),
+        ("config", "train.lr", 0.02, "with lr 0.02 in place of 0.01"),
+        ("config", "train.optimizer", "adamw", "with lr 0.01 in place of 5e-05"),
         ("config", "train.lr", 1.0, "other settings than 1.txt: lr"),
         ("data", "base_sha256", "0" * 64, "started from another model"),
         ("result", "splits.mnli.validation_matched.fingerprint", "0", "the track's is"),
@@ -482,6 +502,19 @@ def test_a_record_by_mnli(by_mnli):
 def test_a_forged_finetuning(by_mnli, section, name, value, message):
     change(by_mnli / "finetuned" / "2.txt", in_section(section, name, value))
     assert any(message in problem for problem in verify(by_mnli))
+
+
+def test_tracks_ask_for_what_their_protocol_does():
+    for track in json.loads((ROOT / "records" / "tracks.json").read_text()).values():
+        asked = track.get("finetuning")
+        if asked is None:
+            continue
+        settings = finetuner.read_flags(["--protocol", asked["protocol"]])[0]
+        given, protocol = settings["train"] | settings["data"], finetuner.PROTOCOLS[asked["protocol"]]
+        assert {name: given[name] for name in asked["settings"]} == asked["settings"] and not protocol.grid
+        train = finetuner.FinetuneConfig(**settings["train"])
+        chosen = [finetuner.choose_rates(train, protocol, kbert) for kbert in (True, False)]
+        assert {train.optimizer: train.lr for train in chosen} == asked["lr"]
 
 
 # --- submitting

@@ -414,10 +414,12 @@ def test_uploads_are_waited_for_when_the_other_ranks_are_gone(tmp_path, capsys, 
     done = []
     hub = types.SimpleNamespace(finish=lambda: done.append("waited"), push=lambda folder, name: done.append(name))
     log = types.SimpleNamespace(bar=types.SimpleNamespace(close=lambda: None), wandb_run=None)
+    objective = types.SimpleNamespace(parts=lambda: ("", "generator"))
     run = types.SimpleNamespace(process=ALONE, hub=hub, log=log, step=7, folder=tmp_path, print_summary=lambda: None)
+    run.objective = objective
     assert not torch.distributed.is_initialized()
     trainer.Run.report(run, finished)
-    assert done == (["main", "waited"] if finished else ["waited"])
+    assert done == (["main", "generator", "waited"] if finished else ["waited"])
     assert ("--train.resume auto" in capsys.readouterr().out) != finished
 
 
