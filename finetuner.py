@@ -583,9 +583,7 @@ def dev_score(metrics: dict[str, dict], data: Data) -> float:
 # One run
 
 
-def make_step(
-    model: nn.Module, train: FinetuneConfig, process: Process, compiled: bool = False
-) -> Callable[[float], None]:
+def make_step(model: nn.Module, train: FinetuneConfig, process: Process, compiled: bool) -> Callable[[float], None]:
     """What updates a model from each rank's part of the gradients, at a factor of the peak learning rate."""
     if train.optimizer == "muon":
         return muon_step(model, train, process, compiled)
@@ -612,8 +610,9 @@ def muon_step(model: nn.Module, train: FinetuneConfig, process: Process, compile
         compiled=compiled,
         **{f"{group}_{name}": value for group in ("embed", "scalar") for name, value in adam.items()},
     )
-    optimizer.step(0.0, momentum=0.95)  # compiles, and moves nothing
-    optimizer.reset()
+    if compiled:
+        optimizer.step(0.0, momentum=0.95)  # compiles, and moves nothing
+        optimizer.reset()
     return lambda factor: optimizer.step(factor, momentum=0.95)
 
 
@@ -843,7 +842,7 @@ class TaskRuns:
             self.net.model.load_state_dict(model.state_dict())
 
     def compile(self) -> None:
-        """On a CPU a graph takes as long as a step on some 500,000 tokens gains by it, so only for long trainings."""
+        """On a CPU only for long trainings: of the micro shape, graphs gain what they cost on some 2 million tokens."""
         splits, first = self.data.splits, self.cells[0]
         judged = splits["train" if self.data.trains else self.data.dev].lengths
         tokens = judged.sum() * sum(cell.epochs for cell in self.cells) * len(self.starts) * self.data.trains
@@ -1149,9 +1148,8 @@ class Finetuner:
         machine = environment(self.process.device, self.process.world_size)
         settled, train = choose_rates(self.train, self.protocol, self.base.kbert), self.repeat["train"]
         train = {name: getattr(settled, name) for name in train} | {"base_model": self.base_name}
-        self.log.open(
-            self.argv, {**self.repeat, "train": train, "base_model": self.base_name}, machine, data, self.code
-        )
+        config = {**self.repeat, "train": train, "base_model": self.base_name}
+        self.log.open(self.argv, config, machine, data, self.code)
         newest = "" if self.train.base_model else ", the newest finished pretraining run"
         self.log.section("run", f"{self.folder}: from {self.base_name}{newest}", echo=True)
 

@@ -6,6 +6,7 @@
     python tests/benchmark.py --profile ...                                 our step by kind of kernel
     python tests/benchmark.py --attention --preset base --data DIR ...      FlexAttention and varlen_attn, on a GPU
     python tests/benchmark.py --inference --preset base                     the padded forward, as people serve it
+    python tests/benchmark.py --finetune --max-length 128                   the finetuner's step against Trainer's way
     python tests/benchmark.py --loader                                      the loader alone, on one core
     python tests/benchmark.py --packing 'corpus/*.jsonl.xz' --data DIR      packing against `tokenizers` alone
 
@@ -18,6 +19,7 @@ take turns, so that a busy machine slows both; medians are compared. Two trainin
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -27,15 +29,22 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy
 import pandas
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PretrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import finetuner
+from data.examples import Split
+from data.tasks import TASKS, Classes, Data
 from dataloading import InputError, Loader, Row, first_line, read_manifest
-from model import PRESETS, KBERTConfig, KBERTModel, attend, flex_mask
+from model import PRESETS, KBERTConfig, KBERTForSequenceClassification, KBERTModel, attend, flex_mask
 from objectives import mask_count
 from records.baseline.modernbert import Reference
 from records.log import Work, peak_flops
@@ -323,17 +332,23 @@ CELLS = {  # texts of a batch by their tokens
 }
 
 
+def modernbert_config(config: KBERTConfig) -> PretrainedConfig:
+    """The same shape, with sdpa."""
+    from transformers import ModernBertConfig
+
+    names = [*SHAPE.values(), "vocab_size", "pad_token_id", "cls_token_id", "sep_token_id"]
+    shape = {name: getattr(config, name) for name in names}
+    return ModernBertConfig(**shape, local_attention=config.local_attention_window, attn_implementation="sdpa")
+
+
 def serving_models(
     config: KBERTConfig, device: torch.device, dtype: torch.dtype, compiled: bool
 ) -> dict[str, Callable]:
     """KBERT's padded forward and ModernBertModel of the same shape with sdpa, fresh from their initialisation."""
-    from transformers import ModernBertConfig, ModernBertModel
+    from transformers import ModernBertModel
 
     torch.manual_seed(1)
-    names = [*SHAPE.values(), "vocab_size", "pad_token_id", "cls_token_id", "sep_token_id"]
-    shape = {name: getattr(config, name) for name in names}
-    theirs = ModernBertConfig(**shape, local_attention=config.local_attention_window, attn_implementation="sdpa")
-    models = {"kbert": KBERTModel(config), "modernbert": ModernBertModel(theirs)}
+    models = {"kbert": KBERTModel(config), "modernbert": ModernBertModel(modernbert_config(config))}
     models = {name: model.to(device, dtype).eval() for name, model in models.items()}
     return {name: torch.compile(model, dynamic=True) if compiled else model for name, model in models.items()}
 
@@ -365,6 +380,92 @@ def compare_serving(config: KBERTConfig, rounds: int, process: Process) -> dict:
                 "{how:18s} {batch:15s} {kbert:10,.0f} {modernbert:10,.0f}  {ratio:.2f}".format(**rows[-1]), flush=True
             )
     return {"serving": rows}
+
+
+def examples_of(loader: Loader, number: int) -> Split:
+    """The first documents of the data, with labels in turn: how fast a step is does not depend on them."""
+    documents = []
+    for row in loader:
+        lengths = row.round_lengths.tolist()
+        documents += row.input_ids.cpu()[: sum(lengths)].split(lengths)
+        if len(documents) >= number:
+            break
+    tokens, ends = torch.cat(documents[:number]).numpy(), numpy.cumsum([len(text) for text in documents[:number]])
+    return Split(tokens, None, ends, numpy.arange(len(ends)) % 2, numpy.ones(len(ends), bool), range(len(ends)))
+
+
+class FinetunersWay:
+    """finetuner.py's own step: examples side by side in rows of two compiled sizes, Muon and Adam."""
+
+    def __init__(self, config: KBERTConfig, split: Split, batch_size: int, process: Process):
+        kind = Classes(TASKS["custom"], None)
+        train = finetuner.FinetuneConfig(batch_size=batch_size, epochs=100.0, optimizer="muon", lr=finetuner.MUON_LR)
+        longest, pad = config.max_position_embeddings, SimpleNamespace(pad_token_id=config.pad_token_id)
+        base = finetuner.Base("", True, {}, pad, longest)
+        net = finetuner.Network(KBERTForSequenceClassification(config), base, kind, train, process.device)
+        if why_eager(process.device) is None:
+            net.compile(split.lengths, batch_size, longest)
+        data = Data("documents", kind, "", {"train": split}, "train", [])
+        self.training, self.number = finetuner.Training(net, data, train, process, None), 0
+
+    def step(self) -> None:
+        self.number += 1
+        self.training.train_step(self.number)
+        self.training.losses.pop().item()  # waits for a GPU
+
+
+class TrainersWay:
+    """transformers.Trainer's: batches padded to their longest example, bf16 autocast, gradients clipped, AdamW."""
+
+    def __init__(self, model: nn.Module, split: Split, batch_size: int, device: torch.device):
+        self.model, self.split, self.device = model.to(device).train(), split, device
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
+        self.batches = torch.utils.data.DataLoader(range(split.examples), batch_size, shuffle=True, drop_last=True)
+        self.order = itertools.chain.from_iterable(itertools.repeat(self.batches))
+
+    def step(self) -> None:
+        chosen = next(self.order).tolist()
+        texts = [torch.from_numpy(self.split.of(self.split.tokens, i)).long() for i in chosen]
+        mask = [torch.ones_like(text) for text in texts]
+        inputs = {"attention_mask": pad_sequence(mask, True)}  # [B, S]
+        inputs["input_ids"] = pad_sequence(texts, True, padding_value=self.model.config.pad_token_id)
+        inputs["labels"] = torch.from_numpy(self.split.labels[chosen])
+        inputs = {name: x.to(self.device) for name, x in inputs.items()}
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            loss = self.model(**inputs).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        loss.item()
+
+
+def compare_finetuning(arguments, config: KBERTConfig, loader: Loader, process: Process) -> dict:
+    """Examples a second of each way in turn, medians over all timed steps."""
+    from transformers import ModernBertForSequenceClassification
+
+    batch_size, device = 32, process.device
+    split = examples_of(loader, 2000)
+    torch.manual_seed(1)
+    modernbert = ModernBertForSequenceClassification(modernbert_config(config))
+    sides = {
+        "finetuner.py": FinetunersWay(config, split, batch_size, process),
+        "Trainer's way, kbert": TrainersWay(KBERTForSequenceClassification(config), split, batch_size, device),
+        "Trainer's way, modernbert": TrainersWay(modernbert, split, batch_size, device),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(1 + arguments.rounds):
+        for name, side in sides.items():
+            for _ in range(arguments.steps):
+                start = time.perf_counter()
+                side.step()
+                if turn:  # warm
+                    seconds[name].append(time.perf_counter() - start)
+    rates = {name: batch_size / statistics.median(times) for name, times in seconds.items()}
+    ours, *others = rates.values()
+    for name, rate in rates.items():
+        print(f"{name:26s} {rate:8.1f} examples/s; finetuner.py is {ours / rate:.2f} times as fast")
+    return {"finetuning_examples_per_s": rates, "finetuning_ratio": ours / max(others)}
 
 
 def measure_loader(loader: Loader, seconds: float = 5.0) -> dict:
@@ -435,6 +536,7 @@ def read_arguments() -> argparse.Namespace:
     add("--objectives", action="store_true", help="measure a step of masked LM and of replaced-token detection")
     add("--attention", action="store_true", help="measure one layer's attention in four ways, on a GPU")
     add("--inference", action="store_true", help="measure the padded forward against ModernBertModel's")
+    add("--finetune", action="store_true", help="measure the finetuner's step against transformers.Trainer's way")
     add("--loader", action="store_true", help="measure the loader alone")
     add("--packing", nargs="+", metavar="GLOB", help="measure the packing of these files, with --data's tokenizer")
     add("--json", action="store_true", help="end with one JSON object on the last line")
@@ -458,6 +560,8 @@ def main() -> None:
 
         if arguments.inference:
             result = compare_serving(config, arguments.rounds, process)
+        elif arguments.finetune:
+            result = compare_finetuning(arguments, config, new_loader(), process)
         elif arguments.loader:
             result = measure_loader(new_loader())
         elif arguments.packing:

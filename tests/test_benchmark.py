@@ -16,9 +16,9 @@ from first_hour import expected_rate
 TINY = ("--layers", 2, "--hidden", 64, "--heads", 1, "--intermediate", 64, "--row-tokens", 256, "--max-length", 96)
 
 
-def benchmark(corpus: Path, tmp_path: Path, *arguments: object) -> dict:
+def benchmark(corpus: Path, tmp_path: Path, *arguments: object, env: dict | None = None) -> dict:
     out = tmp_path / "result.json"
-    result = run_python("tests/benchmark.py", "--data", corpus, *TINY, *arguments, "--out", out)
+    result = run_python("tests/benchmark.py", "--data", corpus, *TINY, *arguments, "--out", out, env=env)
     assert result.returncode == 0, result.stderr
     return json.loads(out.read_text())
 
@@ -41,6 +41,13 @@ def test_the_padded_forward_is_measured_in_every_cell(corpus, tmp_path):
     rows = benchmark(corpus, tmp_path, "--inference", "--rounds", 1)["serving"]
     assert len({(row["how"], row["batch"]) for row in rows}) == len(rows) and len(rows) in (14, 28)
     assert all(row["ratio"] == pytest.approx(row["kbert"] / row["modernbert"]) for row in rows)
+
+
+def test_the_finetuner_is_measured_beside_the_trainers_way(corpus, tmp_path):
+    eager = {"TORCHDYNAMO_DISABLE": "1"}  # tests/test_finetuner.py compiles
+    found = benchmark(corpus, tmp_path, "--finetune", "--rounds", 1, "--steps", 1, env=eager)
+    ours, *others = found["finetuning_examples_per_s"].values()
+    assert len(others) == 2 and found["finetuning_ratio"] == pytest.approx(ours / max(others))
 
 
 def test_the_loader_alone(corpus, tmp_path):
