@@ -353,7 +353,8 @@ class KBERTModel(KBERTPreTrainedModel):
     ) -> outputs.BaseModelOutput:
         """input_ids, or inputs_embeds [B, S, d]; attention_mask, position_ids [B, S] -> last_hidden_state [B, S, d].
 
-        It is zero where attention_mask is. token_type_ids are not looked at.
+        It is zero where attention_mask is. Positions count padding too: distances alone matter. token_type_ids are not
+        looked at.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
@@ -368,14 +369,12 @@ class KBERTModel(KBERTPreTrainedModel):
             raise ValueError('output_attentions needs eager attention: model.set_attn_implementation("eager")')
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # [B, S, d]
         dtype = self.compute_dtype or x.dtype
-        token, keep = torch.arange(S, device=x.device)[None], None  # [1, S]
-        if attention_mask is not None:
-            keep = attention_mask.bool()
-            token = keep.int().cumsum(1) - 1  # [B, S] a text is counted as if there were no padding
-        window = self.config.local_attention_window // 2
-        near = (token[:, :, None] - token[:, None]).abs() <= window  # [B, S, S]
-        global_mask = None if keep is None else additive_mask(keep[:, None], dtype)  # [B, 1, 1, S]
-        local_mask = additive_mask(near if keep is None else near & keep[:, None], dtype)  # [B, 1, S, S]
+        keep = None if attention_mask is None else attention_mask.bool()
+        token, window = torch.arange(S, device=x.device), self.config.local_attention_window // 2
+        local_mask = global_mask = None if keep is None else additive_mask(keep[:, None], dtype)  # [B, 1, 1, S]
+        if torch.compiler.is_compiling() or S > window + 1:  # an exported program takes every length
+            near = ((token[:, None] - token).abs() <= window)[None]  # [1, S, S]
+            local_mask = additive_mask(near if keep is None else near & keep[:, None], dtype)  # [B, 1, S, S]
         x = self.run_blocks(x, token if position_ids is None else position_ids, local_mask, global_mask)
         return outputs.BaseModelOutput(last_hidden_state=x if keep is None else x * keep[..., None])
 
@@ -565,7 +564,7 @@ def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
     QK-norm bounds the scores, so a finite number does, and a query that sees nothing gets a mean where -inf gives NaN.
     """
-    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, -1e4)[:, None]
+    return torch.where(visible, 0.0, -1e4).to(dtype)[:, None]
 
 
 def eager_attention(module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **kwargs):
