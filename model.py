@@ -53,6 +53,7 @@ def option(default, help: str):
 class KBERTConfig(PretrainedConfig):
     model_type = "kbert"
 
+    checkpoint_format: int = 1  # of the weights' names and shapes
     # Set by the data, not by flags
     vocab_size: int = 50_368
     max_position_embeddings: int = 1024  # the longest document it was trained on; RoPE itself has no limit
@@ -86,6 +87,9 @@ class KBERTConfig(PretrainedConfig):
         if kwargs.pop("rope_parameters", None):
             raise ValueError("rope_parameters are not known here: RoPE has one, frequency_base")
         super().__post_init__(**kwargs)
+        if self.checkpoint_format != 1:
+            rule = "load the one saved with it, by trust_remote_code=True"
+            raise ValueError(f"this model.py knows checkpoints of format 1, not {self.checkpoint_format}: {rule}")
 
         def check(name: str, holds: bool, rule: str) -> None:
             if not holds:
@@ -253,6 +257,26 @@ class Block(GradientCheckpointingLayer):
 # The models
 
 
+def check_range(numbers: Tensor, size: int, what: str) -> None:
+    """Numbers must be below size. For the CPU alone: on a GPU this would wait, and the kernel has an assertion."""
+    if numbers.device.type != "cpu" or torch.compiler.is_compiling() or numbers.numel() == 0:
+        return
+    if (largest := int(numbers.max())) >= size:
+        raise ValueError(f"{what} go up to {largest}, and there are {size}, counted from 0")
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits [..., classes], labels [...], -100 for none -> mean."""
+    check_range(labels, logits.size(-1), "labels")
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+def mean_state(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """[B, S, d], zero where there is no token -> [B, d]."""
+    size = hidden.size(1) if attention_mask is None else attention_mask.sum(1, keepdim=True).clamp(min=1)
+    return hidden.sum(1) / size
+
+
 class KBERTPreTrainedModel(PreTrainedModel):
     config_class = KBERTConfig
     base_model_prefix = "encoder"
@@ -283,6 +307,12 @@ class KBERTPreTrainedModel(PreTrainedModel):
                 init.copy_(module.input_lambdas, torch.tensor([1.0, 0.0]))
             if module.skip_lambda is not None:
                 init.zeros_(module.skip_lambda)
+
+    @classmethod
+    def from_pretrained(cls, path, *args, config=None, **kwargs):
+        if isinstance(config, KBERTConfig) and path is not None:  # from_dict compares it with that of the weights
+            KBERTConfig.from_pretrained(path, **kwargs, vocab_size=config.vocab_size)
+        return super().from_pretrained(path, *args, config=config, **kwargs)
 
     @torch.no_grad()
     def resize_token_embeddings(self, new_num_tokens: int | None = None, pad_to_multiple_of=None, mean_resizing=True):
@@ -367,6 +397,8 @@ class KBERTModel(KBERTPreTrainedModel):
             raise ValueError(f"attention_mask has to be [{B}, {S}], 1 for tokens and 0 for padding, and is {shape}")
         if output_attentions and self.config._attn_implementation != "eager":
             raise ValueError('output_attentions needs eager attention: model.set_attn_implementation("eager")')
+        if inputs_embeds is None:
+            check_range(input_ids, self.config.vocab_size, "input_ids")
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # [B, S, d]
         dtype = self.compute_dtype or x.dtype
         keep = None if attention_mask is None else attention_mask.bool()
@@ -440,7 +472,7 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
         """As KBERTModel.forward; labels [B, S], -100 for none -> logits [B, S, V] fp32, mean loss."""
         out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
         logits = self.logits(out.last_hidden_state)
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        loss = None if labels is None else cross_entropy(logits, labels)
         return outputs.MaskedLMOutput(loss, logits, out.hidden_states, out.attentions)
 
 
@@ -459,8 +491,7 @@ class KBERTForClassification(KBERTPreTrainedModel):
     def pool(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         """[B, S, d], zero where there is no token -> a text's mean state, or that of its first token [B, d]."""
         if self.config.classifier_pooling != "cls":
-            size = hidden.size(1) if attention_mask is None else attention_mask.sum(1, keepdim=True).clamp(min=1)
-            return hidden.sum(1) / size
+            return mean_state(hidden, attention_mask)
         if attention_mask is None:
             return hidden[:, 0]
         first = attention_mask.int().argmax(1)  # [B] behind padding on the left
@@ -481,7 +512,7 @@ class KBERTForSequenceClassification(KBERTForClassification):
             return F.mse_loss(logits.squeeze(-1), labels.float())
         if self.config.problem_type == "multi_label_classification":
             return F.binary_cross_entropy_with_logits(logits, labels.float())
-        return F.cross_entropy(logits, labels)
+        return cross_entropy(logits, labels)
 
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs) -> outputs.SequenceClassifierOutput:
@@ -500,7 +531,7 @@ class KBERTForTokenClassification(KBERTForClassification):
         """As KBERTModel.forward; labels [B, S], -100 for none -> logits [B, S, num_labels], mean loss."""
         out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
         logits = self.classify(out.last_hidden_state)
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        loss = None if labels is None else cross_entropy(logits, labels)
         return outputs.TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
 
 
@@ -518,7 +549,7 @@ class KBERTForMultipleChoice(KBERTForClassification):
         input_ids, attention_mask = (x if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask))
         out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
         logits = self.classify(self.pool(out.last_hidden_state, attention_mask)).view(-1, choices)
-        loss = None if labels is None else F.cross_entropy(logits, labels)
+        loss = None if labels is None else cross_entropy(logits, labels)
         return outputs.MultipleChoiceModelOutput(loss, logits, out.hidden_states, out.attentions)
 
 
@@ -542,7 +573,7 @@ class KBERTForQuestionAnswering(KBERTPreTrainedModel):
         start, end = self.span_logits(out.last_hidden_state)  # [B, S] each
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = (F.cross_entropy(start, start_positions) + F.cross_entropy(end, end_positions)) / 2
+            loss = (cross_entropy(start, start_positions) + cross_entropy(end, end_positions)) / 2
         return outputs.QuestionAnsweringModelOutput(loss, start, end, out.hidden_states, out.attentions)
 
 

@@ -140,6 +140,20 @@ def test_impossible_inputs_are_refused():
         model(ids[:, :0])
     with pytest.raises(ValueError, match="rope_parameters are not known here"):
         KBERTConfig(rope_parameters={"rope_theta": 10_000.0})
+    with pytest.raises(ValueError, match="knows checkpoints of format 1, not 2"):
+        KBERTConfig(checkpoint_format=2)
+    with pytest.raises(ValueError, match=f"input_ids go up to {VOCAB}, and there are {VOCAB}"):  # a row of padding
+        model(ids.fill_(VOCAB))
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_labels_out_of_range_are_refused(cls):
+    model, inputs = tiny(cls, num_labels=3), inputs_of(cls, LENGTHS)
+    B, S = len(inputs["input_ids"]), max(LENGTHS)
+    shape = (B, S) if cls in (KBERTForMaskedLM, KBERTForTokenClassification) else (B,)
+    names = ("start_positions", "end_positions") if cls is KBERTForQuestionAnswering else ("labels",)
+    with pytest.raises(ValueError, match="labels go up to 999, and there are"):
+        model(**inputs, **{name: torch.full(shape, 999) for name in names})
 
 
 def test_hooks_on_the_embedding_take_effect_on_both_paths():
@@ -182,6 +196,8 @@ def test_another_vocabulary_than_the_weights_is_refused(tmp_path):
     tiny().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"a vocabulary of {VOCAB}"):  # 190 rows are padded alike
         KBERTForMaskedLM.from_pretrained(tmp_path, vocab_size=190)
+    with pytest.raises(ValueError, match=f"a vocabulary of {VOCAB}"):
+        KBERTForMaskedLM.from_pretrained(tmp_path, config=tiny(vocab_size=190).config)
 
 
 def test_the_padded_forward_compiles_whole():
