@@ -26,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers import modeling_outputs as outputs
@@ -311,7 +312,8 @@ class KBERTPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, path, *args, config=None, **kwargs):
         if isinstance(config, KBERTConfig) and path is not None:  # from_dict compares it with that of the weights
-            KBERTConfig.from_pretrained(path, **kwargs, vocab_size=config.vocab_size)
+            changed = {"trust_remote_code": None, "vocab_size": config.vocab_size}
+            KBERTConfig.from_pretrained(path, **kwargs | changed)
         return super().from_pretrained(path, *args, config=config, **kwargs)
 
     @torch.no_grad()
@@ -409,6 +411,22 @@ class KBERTModel(KBERTPreTrainedModel):
             local_mask = additive_mask(near if keep is None else near & keep[:, None], dtype)  # [B, 1, S, S]
         x = self.run_blocks(x, token if position_ids is None else position_ids, local_mask, global_mask)
         return outputs.BaseModelOutput(last_hidden_state=x if keep is None else x * keep[..., None])
+
+    @torch.no_grad()
+    def mean_states(self, texts: list[list[int]], batch_size: int = 8) -> Tensor:
+        """Token ids of each text -> the mean of its states, as an embedding [texts, d] fp32.
+
+        Texts are batched by length, which leaves little padding: model.mean_states(tokenizer(texts)["input_ids"]).
+        """
+        means = torch.empty(len(texts), self.config.hidden_size, device=self.device)
+        by_length = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+        for start in range(0, len(texts), batch_size):
+            numbers = by_length[start : start + batch_size]
+            rows = [torch.tensor(texts[number], device=self.device) for number in numbers]
+            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # [B, S]
+            hidden = self(pad_sequence(rows, batch_first=True), mask, return_dict=True).last_hidden_state
+            means[numbers] = mean_state(hidden.float(), mask)
+        return means
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:
