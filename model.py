@@ -26,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers import modeling_outputs as outputs
@@ -53,6 +54,7 @@ def option(default, help: str):
 class KBERTConfig(PretrainedConfig):
     model_type = "kbert"
 
+    checkpoint_format: int = 1  # of the weights' names and shapes
     # Set by the data, not by flags
     vocab_size: int = 50_368
     max_position_embeddings: int = 1024  # the longest document it was trained on; RoPE itself has no limit
@@ -87,6 +89,9 @@ class KBERTConfig(PretrainedConfig):
         if kwargs.pop("rope_parameters", None):
             raise ValueError("rope_parameters are not known here: RoPE has one, frequency_base")
         super().__post_init__(**kwargs)
+        if self.checkpoint_format != 1:
+            rule = "load the one saved with it, by trust_remote_code=True"
+            raise ValueError(f"this model.py knows checkpoints of format 1, not {self.checkpoint_format}: {rule}")
 
         def check(name: str, holds: bool, rule: str) -> None:
             if not holds:
@@ -168,7 +173,7 @@ def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dt
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(a, b) -> (a cos + b sin, b cos - a sin) for the halves of x [B, S, H, D]."""
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return x * cos + swapped * sin
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 def neighbour_bias(num_heads: int, head_dim: int, base: float) -> Tensor:
@@ -202,7 +207,7 @@ class Attention(nn.Module):
         """As Block.forward; rotary: rotary_tables. Returns states, weights [B, H, S, S] if eager, and values."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, S, H, D] each
         if self.value_lambda is not None:
-            v = v + self.value_lambda * (first_value - v)  # Zhou et al. 2024, "Value Residual Learning"
+            v = torch.lerp(v, first_value, self.value_lambda.to(v.dtype))  # "Value Residual Learning", Zhou et al. 2024
         q, k = self.norm(q), self.norm(k)
         if self.qk_bias is not None:
             q, k = q + self.qk_bias[0].to(q.dtype), k + self.qk_bias[1].to(k.dtype)
@@ -242,7 +247,7 @@ class Block(GradientCheckpointingLayer):
     def forward(self, x: Tensor, x0: Tensor, skip, first_value, rotary, mask, wanted: Tensor | None):
         """x, x0, skip [B, S, d] -> [B, S, d], or [1, N, d] at the positions wanted [N] of a row; and its values."""
         if self.input_lambdas is not None:
-            x = self.input_lambdas[0] * x + self.input_lambdas[1] * x0
+            x = torch.addcmul(self.input_lambdas[0] * x, self.input_lambdas[1], x0)
         if self.skip_lambda is not None:
             x = x + self.skip_lambda * skip
         attended, _, value = self.attention(self.norm(x), first_value, rotary, mask, wanted)
@@ -252,6 +257,26 @@ class Block(GradientCheckpointingLayer):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The models
+
+
+def check_range(numbers: Tensor, size: int, what: str) -> None:
+    """Numbers must be below size. For the CPU alone: on a GPU this would wait, and the kernel has an assertion."""
+    if numbers.device.type != "cpu" or torch.compiler.is_compiling() or numbers.numel() == 0:
+        return
+    if (largest := int(numbers.max())) >= size:
+        raise ValueError(f"{what} go up to {largest}, and there are {size}, counted from 0")
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits [..., classes], labels [...], -100 for none -> mean."""
+    check_range(labels, logits.size(-1), "labels")
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+def mean_state(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """[B, S, d], zero where there is no token -> [B, d]."""
+    size = hidden.size(1) if attention_mask is None else attention_mask.sum(1, keepdim=True).clamp(min=1)
+    return hidden.sum(1) / size
 
 
 class KBERTPreTrainedModel(PreTrainedModel):
@@ -284,6 +309,13 @@ class KBERTPreTrainedModel(PreTrainedModel):
                 init.copy_(module.input_lambdas, torch.tensor([1.0, 0.0]))
             if module.skip_lambda is not None:
                 init.zeros_(module.skip_lambda)
+
+    @classmethod
+    def from_pretrained(cls, path, *args, config=None, **kwargs):
+        if isinstance(config, KBERTConfig) and path is not None:  # from_dict compares it with that of the weights
+            changed = {"trust_remote_code": None, "vocab_size": config.vocab_size}
+            KBERTConfig.from_pretrained(path, **kwargs | changed)
+        return super().from_pretrained(path, *args, config=config, **kwargs)
 
     @torch.no_grad()
     def resize_token_embeddings(self, new_num_tokens: int | None = None, pad_to_multiple_of=None, mean_resizing=True):
@@ -354,7 +386,8 @@ class KBERTModel(KBERTPreTrainedModel):
     ) -> outputs.BaseModelOutput:
         """input_ids, or inputs_embeds [B, S, d]; attention_mask, position_ids [B, S] -> last_hidden_state [B, S, d].
 
-        It is zero where attention_mask is. token_type_ids are not looked at.
+        It is zero where attention_mask is. Positions count padding too: distances alone matter. token_type_ids are not
+        looked at.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
@@ -367,18 +400,34 @@ class KBERTModel(KBERTPreTrainedModel):
             raise ValueError(f"attention_mask has to be [{B}, {S}], 1 for tokens and 0 for padding, and is {shape}")
         if output_attentions and self.config._attn_implementation != "eager":
             raise ValueError('output_attentions needs eager attention: model.set_attn_implementation("eager")')
+        if inputs_embeds is None:
+            check_range(input_ids, self.config.vocab_size, "input_ids")
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # [B, S, d]
         dtype = self.compute_dtype or x.dtype
-        token, keep = torch.arange(S, device=x.device)[None], None  # [1, S]
-        if attention_mask is not None:
-            keep = attention_mask.bool()
-            token = keep.int().cumsum(1) - 1  # [B, S] a text is counted as if there were no padding
-        window = self.config.local_attention_window // 2
-        near = (token[:, :, None] - token[:, None]).abs() <= window  # [B, S, S]
-        global_mask = None if keep is None else additive_mask(keep[:, None], dtype)  # [B, 1, 1, S]
-        local_mask = additive_mask(near if keep is None else near & keep[:, None], dtype)  # [B, 1, S, S]
+        keep = None if attention_mask is None else attention_mask.bool()
+        token, window = torch.arange(S, device=x.device), self.config.local_attention_window // 2
+        local_mask = global_mask = None if keep is None else additive_mask(keep[:, None], dtype)  # [B, 1, 1, S]
+        if torch.compiler.is_compiling() or S > window + 1:  # an exported program takes every length
+            near = ((token[:, None] - token).abs() <= window)[None]  # [1, S, S]
+            local_mask = additive_mask(near if keep is None else near & keep[:, None], dtype)  # [B, 1, S, S]
         x = self.run_blocks(x, token if position_ids is None else position_ids, local_mask, global_mask)
         return outputs.BaseModelOutput(last_hidden_state=x if keep is None else x * keep[..., None])
+
+    @torch.no_grad()
+    def mean_states(self, texts: list[list[int]], batch_size: int = 8) -> Tensor:
+        """Token ids of each text -> the mean of its states, as an embedding [texts, d] fp32.
+
+        Texts are batched by length, which leaves little padding: model.mean_states(tokenizer(texts)["input_ids"]).
+        """
+        means = torch.empty(len(texts), self.config.hidden_size, device=self.device)
+        by_length = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+        for start in range(0, len(texts), batch_size):
+            numbers = by_length[start : start + batch_size]
+            rows = [torch.tensor(texts[number], device=self.device) for number in numbers]
+            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # [B, S]
+            hidden = self(pad_sequence(rows, batch_first=True), mask, return_dict=True).last_hidden_state
+            means[numbers] = mean_state(hidden.float(), mask)
+        return means
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:
@@ -476,7 +525,7 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
         """As KBERTModel.forward; labels [B, S], -100 for none -> logits [B, S, V] fp32, mean loss."""
         out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
         logits = self.logits(out.last_hidden_state)
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        loss = None if labels is None else cross_entropy(logits, labels)
         return outputs.MaskedLMOutput(loss, logits, out.hidden_states, out.attentions)
 
 
@@ -531,8 +580,7 @@ class KBERTForClassification(KBERTPreTrainedModel):
     def pool(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         """[B, S, d], zero where there is no token -> a text's mean state, or that of its first token [B, d]."""
         if self.config.classifier_pooling != "cls":
-            size = hidden.size(1) if attention_mask is None else attention_mask.sum(1, keepdim=True).clamp(min=1)
-            return hidden.sum(1) / size
+            return mean_state(hidden, attention_mask)
         if attention_mask is None:
             return hidden[:, 0]
         first = attention_mask.int().argmax(1)  # [B] behind padding on the left
@@ -553,7 +601,7 @@ class KBERTForSequenceClassification(KBERTForClassification):
             return F.mse_loss(logits.squeeze(-1), labels.float())
         if self.config.problem_type == "multi_label_classification":
             return F.binary_cross_entropy_with_logits(logits, labels.float())
-        return F.cross_entropy(logits, labels)
+        return cross_entropy(logits, labels)
 
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs) -> outputs.SequenceClassifierOutput:
@@ -572,7 +620,7 @@ class KBERTForTokenClassification(KBERTForClassification):
         """As KBERTModel.forward; labels [B, S], -100 for none -> logits [B, S, num_labels], mean loss."""
         out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
         logits = self.classify(out.last_hidden_state)
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        loss = None if labels is None else cross_entropy(logits, labels)
         return outputs.TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
 
 
@@ -590,7 +638,7 @@ class KBERTForMultipleChoice(KBERTForClassification):
         input_ids, attention_mask = (x if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask))
         out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
         logits = self.classify(self.pool(out.last_hidden_state, attention_mask)).view(-1, choices)
-        loss = None if labels is None else F.cross_entropy(logits, labels)
+        loss = None if labels is None else cross_entropy(logits, labels)
         return outputs.MultipleChoiceModelOutput(loss, logits, out.hidden_states, out.attentions)
 
 
@@ -614,7 +662,7 @@ class KBERTForQuestionAnswering(KBERTPreTrainedModel):
         start, end = self.span_logits(out.last_hidden_state)  # [B, S] each
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = (F.cross_entropy(start, start_positions) + F.cross_entropy(end, end_positions)) / 2
+            loss = (cross_entropy(start, start_positions) + cross_entropy(end, end_positions)) / 2
         return outputs.QuestionAnsweringModelOutput(loss, start, end, out.hidden_states, out.attentions)
 
 
@@ -637,7 +685,7 @@ def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
     QK-norm bounds the scores, so a finite number does, and a query that sees nothing gets a mean where -inf gives NaN.
     """
-    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, -1e4)[:, None]
+    return torch.where(visible, 0.0, -1e4).to(dtype)[:, None]
 
 
 def eager_attention(module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **kwargs):

@@ -33,6 +33,11 @@ HEADS = (
 )
 
 
+def needs(*packages: str) -> None:
+    for package in packages:
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install -r requirements-export.txt")
+
+
 def padded(lengths: list[int], side: str = "right") -> dict[str, torch.Tensor]:
     """input_ids and attention_mask [B, S] of the texts of row_of(lengths). mixed: the second half are padded left."""
     ids, documents, _ = row_of(lengths)
@@ -141,6 +146,20 @@ def test_impossible_inputs_are_refused():
         model(ids[:, :0])
     with pytest.raises(ValueError, match="rope_parameters are not known here"):
         KBERTConfig(rope_parameters={"rope_theta": 10_000.0})
+    with pytest.raises(ValueError, match="knows checkpoints of format 1, not 2"):
+        KBERTConfig(checkpoint_format=2)
+    with pytest.raises(ValueError, match=f"input_ids go up to {VOCAB}, and there are {VOCAB}"):  # a row of padding
+        model(ids.fill_(VOCAB))
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_labels_out_of_range_are_refused(cls):
+    model, inputs = tiny(cls, num_labels=3), inputs_of(cls, LENGTHS)
+    B, S = len(inputs["input_ids"]), max(LENGTHS)
+    shape = (B, S) if cls in (KBERTForMaskedLM, KBERTForTokenClassification) else (B,)
+    names = ("start_positions", "end_positions") if cls is KBERTForQuestionAnswering else ("labels",)
+    with pytest.raises(ValueError, match="labels go up to 999, and there are"):
+        model(**inputs, **{name: torch.full(shape, 999) for name in names})
 
 
 def test_hooks_on_the_embedding_take_effect_on_both_paths():
@@ -183,6 +202,18 @@ def test_another_vocabulary_than_the_weights_is_refused(tmp_path):
     tiny().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"a vocabulary of {VOCAB}"):  # 190 rows are padded alike
         KBERTForMaskedLM.from_pretrained(tmp_path, vocab_size=190)
+    with pytest.raises(ValueError, match=f"a vocabulary of {VOCAB}"):
+        KBERTForMaskedLM.from_pretrained(tmp_path, config=tiny(vocab_size=190).config)
+
+
+def test_mean_states_are_those_of_each_text_alone():
+    model = tiny(KBERTModel)
+    ids, documents, _ = row_of(LENGTHS)
+    texts = [ids[documents == number] for number in range(len(LENGTHS))]
+    expected = torch.cat([model(text[None]).last_hidden_state.mean(1) for text in texts])
+    for batch_size in (3, 100):
+        found = model.mean_states([text.tolist() for text in texts], batch_size)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_padded_forward_compiles_whole():
@@ -209,7 +240,7 @@ def saved(tmp_path, word_tokenizer, monkeypatch):
 
     def save(cls, **changed):
         tokenizer = transformers.AutoTokenizer.from_pretrained(word_tokenizer)
-        model = tiny(cls, vocab_size=17, max_position_embeddings=100, **changed)
+        model = tiny(cls, vocab_size=18, max_position_embeddings=100, **changed)
         save_model(tmp_path / "saved", model, tokenizer)
         return tmp_path / "saved"
 
@@ -237,6 +268,41 @@ def test_pipelines_from_a_saved_folder(saved, task, cls):
         else:
             alone, found = ([x] if isinstance(x, dict) else x for x in (alone, found))
             assert [x["score"] for x in found] == pytest.approx([x["score"] for x in alone], abs=1e-4)
+
+
+def test_zero_shot_classification_from_nli_labels(saved):
+    names = {"id2label": {0: "entailment", 1: "neutral", 2: "contradiction"}}
+    names["label2id"] = {label: number for number, label in names["id2label"].items()}
+    folder = str(saved(KBERTForSequenceClassification, **names))
+    answer = transformers.pipeline("zero-shot-classification", folder, trust_remote_code=True)
+    text, choices = "the cat sat on the mat", ["cat", "dog", "tree"]
+    found = answer(text, choices, hypothesis_template="a {} slept")
+    inputs = answer.tokenizer([text] * 3, [f"a {choice} slept" for choice in choices], return_tensors="pt")
+    expected = answer.model(**inputs).logits[:, 0].softmax(0)
+    scores = dict(zip(found["labels"], found["scores"]))
+    assert [scores[choice] for choice in choices] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_sentence_transformers_opens_the_folder(saved):
+    needs("sentence_transformers")
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(saved(KBERTForMaskedLM)), trust_remote_code=True, device="cpu")
+    assert model.max_seq_length == 100
+    texts = ["the cat sat", "a dog slept on the mat under a tree"]
+    expected = model[0].auto_model.mean_states(model.tokenizer(texts)["input_ids"])
+    torch.testing.assert_close(torch.from_numpy(model.encode(texts)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_may_be_placed_by_accelerate_and_lie_on_disk(saved, tmp_path):
+    needs("accelerate")
+    folder, ids = saved(KBERTForMaskedLM), torch.randint(5, 18, (2, 9))
+    expected = KBERTForMaskedLM.from_pretrained(folder)(ids).logits
+    block = 4 * sum(p.numel() for p in tiny(vocab_size=18).encoder.blocks[0].parameters())  # bytes
+    for limit in ({}, {"max_memory": {"cpu": 2 * block}, "offload_folder": tmp_path / "disk"}):
+        model = KBERTForMaskedLM.from_pretrained(folder, device_map="auto", **limit)
+        assert ("disk" in getattr(model, "hf_device_map", {}).values()) == bool(limit)
+        torch.testing.assert_close(model(ids).logits, expected)
 
 
 def test_the_tokenizer_folder_says_nothing_of_this_machine_and_runs_no_code(saved, tmp_path):
@@ -272,8 +338,7 @@ def test_exported_programs_agree_at_other_sizes(cls):
 
 @pytest.mark.parametrize("cls", [KBERTModel, *HEADS])
 def test_onnx_runtime_agrees_at_other_sizes(cls, tmp_path):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason=f"{package} is not installed: pip install -r requirements-export.txt")
+    needs("onnx", "onnxscript", "onnxruntime")
     import onnxruntime
 
     model, inputs = tiny(cls), inputs_of(cls, LENGTHS)
