@@ -173,7 +173,7 @@ def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dt
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(a, b) -> (a cos + b sin, b cos - a sin) for the halves of x [B, S, H, D]."""
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return torch.addcmul(x * cos, swapped, sin)
+    return x * cos + swapped * sin
 
 
 def neighbour_bias(num_heads: int, head_dim: int, base: float) -> Tensor:
@@ -207,7 +207,7 @@ class Attention(nn.Module):
         """As Block.forward; rotary: rotary_tables. Returns states, weights [B, H, S, S] if eager, and values."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, S, H, D] each
         if self.value_lambda is not None:
-            v = torch.lerp(v, first_value, self.value_lambda.to(v.dtype))  # "Value Residual Learning", Zhou et al. 2024
+            v = v + self.value_lambda * (first_value - v)  # Zhou et al. 2024, "Value Residual Learning"
         q, k = self.norm(q), self.norm(k)
         if self.qk_bias is not None:
             q, k = q + self.qk_bias[0].to(q.dtype), k + self.qk_bias[1].to(k.dtype)
@@ -247,7 +247,7 @@ class Block(GradientCheckpointingLayer):
     def forward(self, x: Tensor, x0: Tensor, skip, first_value, rotary, mask, wanted: Tensor | None):
         """x, x0, skip [B, S, d] -> [B, S, d], or [1, N, d] at the positions wanted [N] of a row; and its values."""
         if self.input_lambdas is not None:
-            x = torch.addcmul(self.input_lambdas[0] * x, self.input_lambdas[1], x0)
+            x = self.input_lambdas[0] * x + self.input_lambdas[1] * x0
         if self.skip_lambda is not None:
             x = x + self.skip_lambda * skip
         attended, _, value = self.attention(self.norm(x), first_value, rotary, mask, wanted)
