@@ -54,7 +54,6 @@ from model import (
     compiled_backend,
     option,
     pack_slots,
-    slot_tiles,
 )
 from objectives import compile_each_shape
 from optimizer import Optimizer
@@ -432,13 +431,9 @@ class Network:
         self, input_ids: Tensor, document_ids: Tensor, positions: Tensor, longest: int, wanted: Tensor | None = None
     ) -> Tensor:
         """As KBERTModel.encode. A compiled graph gives all states: it would be compiled anew for each number wanted."""
-        row, encoder = (input_ids, document_ids, positions), self.model.encoder
+        row = (input_ids, document_ids, positions)
         if not self.sizes:
-            if longest > encoder.config.local_attention_window // 2 + 1:
-                return encoder.encode(*row, longest, wanted=wanted)
-            # Where local layers see whole examples, slots of these waste less than tiles
-            mask = slot_tiles(document_ids, pack_slots(document_ids, longest))
-            return encoder.run_blocks(encoder.embed(input_ids)[None], positions, mask, mask, wanted)[0]
+            return self.model.encoder.encode(*row, longest, wanted=wanted)
         slots = None
         if not self.flex:
             slots = pack_slots(document_ids, self.max_length)

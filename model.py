@@ -355,8 +355,9 @@ class KBERTModel(KBERTPreTrainedModel):
             local_mask, global_mask = flex_mask(document_ids, window), flex_mask(document_ids, None)
         else:
             slots = pack_slots(document_ids, max_seqlen) if slots is None else slots
-            local_mask = local_tiles(document_ids, min(window, max_seqlen - 1))
             global_mask = slot_tiles(document_ids, slots)
+            # Where local layers see whole documents, slots of these waste less than tiles
+            local_mask = local_tiles(document_ids, window) if window < max_seqlen - 1 else global_mask
         return self.run_blocks(self.embed(input_ids)[None], positions, local_mask, global_mask, wanted)[0]
 
     def run_blocks(self, x: Tensor, positions: Tensor, local_mask, global_mask, wanted: Tensor | None = None) -> Tensor:
