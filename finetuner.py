@@ -53,9 +53,8 @@ from model import (
     KBERTForSequenceClassification,
     compiled_backend,
     option,
-    pack_slots,
 )
-from objectives import compile_each_shape
+from objectives import compile_rows
 from optimizer import Optimizer
 from records.log import Clock, RunLog, environment, log_line, read_code
 from records.plot import draw_curves
@@ -365,8 +364,7 @@ class Network:
         largest = -(-largest // 128) * 128
         small = min(set(tokens.tolist()), key=lambda size: np.where(tokens <= size, size, largest).sum())
         self.compiled_sizes = sorted({small, largest})
-        self.model.encoder.attention_backend = "flex" if self.flex else "blockwise"
-        self.encode = compile_each_shape(self.model.encoder.encode)
+        self.encode = compile_rows(self.model.encoder.encode, self.model.encoder, compiled=True)
 
     def warm_up(self, training: bool) -> None:
         """Compiles before the clock starts, on made-up rows."""
@@ -434,13 +432,8 @@ class Network:
         row = (input_ids, document_ids, positions)
         if not self.sizes:
             return self.model.encoder.encode(*row, longest, wanted=wanted)
-        slots = None
-        if not self.flex:
-            slots = pack_slots(document_ids, self.max_length)
-            if len(slots) == 1:  # a size that the compiler takes for a constant
-                slots = torch.cat([slots, torch.full_like(slots, len(input_ids))])
-            torch._dynamo.mark_dynamic(slots, 0)
-        hidden = self.encode(*row, self.max_length, slots=slots)
+        window = self.model.config.local_attention_window
+        hidden = self.encode(*row, max_seqlen=self.max_length, window=window)
         return hidden if wanted is None else hidden[wanted]
 
     def text_logits(
@@ -586,7 +579,7 @@ def make_step(model: nn.Module, train: FinetuneConfig, process: Process, compile
 
 
 def muon_step(model: nn.Module, train: FinetuneConfig, process: Process, compiled: bool) -> Callable[[float], None]:
-    """The optimizer of pretraining: Muon for the blocks' matrices, Adam at a twentieth of its rate for all else.
+    """The optimizer of pretraining: Muon for the layers' matrices, Adam at a twentieth of its rate for all else.
 
     Matrices that Muon has trained are several times as large as AdamW's, whose customary rates hardly move them, and a
     model adapts best by the optimizer that trained it (arXiv 2605.10468, 2606.09658). The rate was chosen on micro

@@ -3,8 +3,8 @@
     mlm   MaskedLM                 which words were masked (Devlin et al. 2018, "BERT")
     rtd   ReplacedTokenDetection   which words a small generator has replaced (Clark et al. 2020, "ELECTRA")
 
-An objective is one class; a third would be one more with the same methods. What it draws at
-random follows from the seed and the number of the row, so that the same rows make the same step on any number of ranks.
+An objective is one class; a third would be one more with the same methods. What it draws at random follows from the
+seed and the number of the row, so that the same rows make the same step on any number of ranks.
 
 Shapes: T tokens in a row, N masked positions, V vocabulary.
 """
@@ -95,6 +95,8 @@ def compile_rows(function: Callable, encoder: KBERTModel, compiled: bool) -> Cal
     def call(*row: Tensor, max_seqlen: int, window: int) -> object:
         T, document_ids = row[0].size(0), row[1]
         slots = pack_slots(document_ids, max_seqlen) if backend == "blockwise" else None
+        if slots is not None and len(slots) == 1:  # a size that the compiler takes for a constant
+            slots = torch.cat([slots, torch.full_like(slots, T)])
         for tensor in row if slots is None else (*row, slots):
             if tensor.size(0) != T:
                 torch._dynamo.mark_dynamic(tensor, 0)

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import finetuner
+import objectives
 from conftest import SPECIALS, as_flags, run_python, tiny
 from dataloading import InputError
 from hub_stand_in import Hub
@@ -110,7 +111,8 @@ def plain_score(model, tokenizer, sentence: str) -> float:
 
 def as_on_a_gpu(monkeypatch) -> None:
     """Rows of few sizes through FlexAttention, by the compiler's front end alone."""
-    monkeypatch.setattr(finetuner, "compiled_backend", lambda device: "flex")
+    for module in (finetuner, objectives):
+        monkeypatch.setattr(module, "compiled_backend", lambda device: "flex")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
     torch._dynamo.reset()
 

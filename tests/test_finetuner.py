@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import finetuner
+import objectives
 import trainer
 from conftest import ROOT, as_flags, run_python
 from data.examples import Split, cut_longest_first, encode_texts, number_classes, read_labels
@@ -187,7 +188,8 @@ def test_an_example_does_not_see_what_it_is_packed_with(base, tokenizer, cls, po
 
 def compile_in_front_alone(monkeypatch, backend: str) -> None:
     """Through the compiler's front end alone: at dynamo's own limit a ninth graph would run eagerly."""
-    monkeypatch.setattr(finetuner, "compiled_backend", lambda device: backend)
+    for module in (finetuner, objectives):
+        monkeypatch.setattr(module, "compiled_backend", lambda device: backend)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
