@@ -595,6 +595,7 @@ def muon_step(model: nn.Module, train: FinetuneConfig, process: Process, compile
         muon_beta2=0.95,
         muon_polar_steps=5,
         adam_eps=1e-6,
+        weight_multiplier=getattr(model.config, "weight_multiplier", 1.0),
         compiled=compiled,
         **{f"{group}_{name}": value for group in ("embed", "scalar") for name, value in adam.items()},
     )

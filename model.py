@@ -5,7 +5,8 @@
 
 Pre-norm blocks of attention (RoPE, QK-norm, value residual) and GeGLU. Every third layer attends to the whole document,
 the others to a sliding window, where their heads start out at a token's neighbours. The MLM head is tied to the
-embedding, its logits are soft-capped.
+embedding, its logits are soft-capped. Matrices and embedding are stored divided by weight_multiplier, and what they are
+applied to is multiplied by it instead: so stored they are of the size that AdamW's customary rates are made for.
 
 Two ways lead through the same blocks. Training packs: `encode` takes a row of T tokens without padding, which holds
 documents side by side, told apart by `document_ids`. Everybody else pads: the Hugging Face call `forward` takes
@@ -54,7 +55,7 @@ def option(default, help: str):
 class KBERTConfig(PretrainedConfig):
     model_type = "kbert"
 
-    checkpoint_format: int = 1  # of the weights' names and shapes
+    checkpoint_format: int = 2  # of the weights' names, shapes and scale; 1 had no weight_multiplier
     # Set by the data, not by flags
     vocab_size: int = 50_368
     max_position_embeddings: int = 1024  # the longest document it was trained on; RoPE itself has no limit
@@ -76,6 +77,7 @@ class KBERTConfig(PretrainedConfig):
     neighbour_heads: bool = option(True, "local layers start out attending to adjacent tokens, by biases of q and k")
     unet_skips: bool = option(False, "add the input of layer i to that of layer L - i")
     norm_eps: float = option(1e-6, "added to the mean square in RMSNorm")
+    weight_multiplier: float = option(8.0, "what matrices and the embedding are stored divided by")
     classifier_dropout: float = option(0.1, "probability, before the classifier of a finetuned model")
     classifier_pooling: str = "mean"  # or "cls": the finetuner's choice
     tie_word_embeddings: bool = True
@@ -89,9 +91,9 @@ class KBERTConfig(PretrainedConfig):
         if kwargs.pop("rope_parameters", None):
             raise ValueError("rope_parameters are not known here: RoPE has one, frequency_base")
         super().__post_init__(**kwargs)
-        if self.checkpoint_format != 1:
+        if self.checkpoint_format != 2:
             rule = "load the one saved with it, by trust_remote_code=True"
-            raise ValueError(f"this model.py knows checkpoints of format 1, not {self.checkpoint_format}: {rule}")
+            raise ValueError(f"this model.py knows checkpoints of format 1 and 2, not {self.checkpoint_format}: {rule}")
 
         def check(name: str, holds: bool, rule: str) -> None:
             if not holds:
@@ -99,7 +101,7 @@ class KBERTConfig(PretrainedConfig):
 
         shape = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
         others = ("global_attention_every", "local_attention_window", "frequency_base", "logit_softcap")
-        for name in shape + others:
+        for name in (*shape, *others, "weight_multiplier"):
             check(name, getattr(self, name) > 0, "must be positive")
         check("norm_eps", self.norm_eps >= 0, "must not be negative")
         check("classifier_dropout", 0 <= self.classifier_dropout <= 1, "must lie between 0 and 1")
@@ -118,6 +120,8 @@ class KBERTConfig(PretrainedConfig):
         stored = config_dict.get("vocab_size", cls.vocab_size)
         if kwargs.get("vocab_size", stored) != stored:  # rows are padded: other numbers may fit the weights
             raise ValueError(f"the model has a vocabulary of {stored}: load it so, then model.resize_token_embeddings")
+        if config_dict.get("checkpoint_format", 1) == 1:
+            config_dict = config_dict | {"checkpoint_format": 2, "weight_multiplier": 1.0}
         return super().from_dict(config_dict, **kwargs)
 
     @property
@@ -194,7 +198,7 @@ def neighbour_bias(num_heads: int, head_dim: int, base: float) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, config: KBERTConfig, layer: int):
         super().__init__()
-        self.config, self.num_heads = config, config.num_attention_heads
+        self.config, self.num_heads, self.multiplier = config, config.num_attention_heads, config.weight_multiplier
         # Muon orthogonalises each head's q, k and v by itself, at less cost than the whole.
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, stacked=3 * self.num_heads)
         self.out = ZeroLinear(config.hidden_size, config.hidden_size)
@@ -205,7 +209,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, first_value: Tensor | None, rotary, mask, wanted: Tensor | None):
         """As Block.forward; rotary: rotary_tables. Returns states, weights [B, H, S, S] if eager, and values."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, S, H, D] each
+        q, k, v = self.qkv(x * self.multiplier).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, S, H, D] each
+        v = v * self.multiplier  # that of self.out, where it needs no pass of its own
         if self.value_lambda is not None:
             v = v + self.value_lambda * (first_value - v)  # Zhou et al. 2024, "Value Residual Learning"
         q, k = self.norm(q), self.norm(k)
@@ -226,12 +231,13 @@ class Attention(nn.Module):
 class GeGLU(nn.Module):
     def __init__(self, config: KBERTConfig):
         super().__init__()
+        self.multiplier = config.weight_multiplier
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, stacked=2)
         self.down = ZeroLinear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [B, S, f] each
-        return self.down(F.gelu(gate) * up)
+        gate, up = self.gate_up(x * self.multiplier).chunk(2, dim=-1)  # [B, S, f] each
+        return self.down(F.gelu(gate) * up * self.multiplier)
 
 
 class Block(GradientCheckpointingLayer):
@@ -294,11 +300,12 @@ class KBERTPreTrainedModel(PreTrainedModel):
         if isinstance(module, ZeroLinear):
             init.zeros_(module.weight)
         elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=0.5 * module.in_features**-0.5)
+            stored = 1 / self.config.weight_multiplier if isinstance(module, Linear) else 1.0
+            init.normal_(module.weight, std=0.5 * module.in_features**-0.5 * stored)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=0.02)
+            init.normal_(module.weight, std=0.02 / self.config.weight_multiplier)
         elif isinstance(module, Attention):
             if module.value_lambda is not None:
                 init.constant_(module.value_lambda, 0.5)
@@ -362,7 +369,7 @@ class KBERTModel(KBERTPreTrainedModel):
 
     def run_blocks(self, x: Tensor, positions: Tensor, local_mask, global_mask, wanted: Tensor | None = None) -> Tensor:
         """Embeddings [B, S, d], positions [S] or [B, S], a mask for each kind of layer -> hidden states [B, S, d]."""
-        x = x0 = self.norm(x.to(self.compute_dtype or x.dtype))
+        x = x0 = self.norm(x.to(self.compute_dtype or x.dtype) * self.config.weight_multiplier)
         rotary = rotary_tables(positions, self.config.head_dim, self.config.frequency_base, x.dtype)
         first_value, inputs = None, []
         for layer, block in enumerate(self.blocks):
@@ -502,24 +509,28 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., V]."""
-        x = self.lm_head(hidden.to(self.lm_head.weight.dtype))[..., : self.config.vocab_size].float()
+        hidden = hidden.to(self.lm_head.weight.dtype) * self.config.weight_multiplier
+        x = self.lm_head(hidden)[..., : self.config.vocab_size].float()
         return x * soft_cap(x, self.config.logit_softcap)
 
     def loss(self, input_ids, document_ids, positions, masked, targets, max_seqlen, window=None, slots=None) -> Tensor:
         """Summed cross-entropy of a row at its masked positions [N], which alone reach the vocabulary."""
         hidden = self.encoder.encode(input_ids, document_ids, positions, max_seqlen, window, slots, masked)  # [N, d]
-        weight = self.lm_head.weight.to(hidden.dtype)
-        return HeadLoss.apply(hidden, weight, targets, self.config.logit_softcap, self.config.vocab_size)
+        return self.head_loss(hidden, targets)
 
     def loss_and_words(
         self, input_ids, document_ids, positions, masked, targets, uniform, max_seqlen, window=None, slots=None
     ) -> tuple[Tensor, Tensor]:
         """As `loss`, and input_ids [T] with a word at each masked position, drawn from the guesses by uniform [N]."""
         hidden = self.encoder.encode(input_ids, document_ids, positions, max_seqlen, window, slots, masked)
-        weight, config = self.lm_head.weight.to(hidden.dtype), self.config
-        loss, words = HeadLoss.apply(hidden, weight, targets, config.logit_softcap, config.vocab_size, uniform)
+        loss, words = self.head_loss(hidden, targets, uniform)
         words = torch.where(targets >= 0, words.to(input_ids.dtype), input_ids[masked])
         return loss, input_ids.index_put((masked,), words)
+
+    def head_loss(self, hidden: Tensor, targets: Tensor, *uniform: Tensor):
+        """As HeadLoss.forward."""
+        hidden, weight = hidden * self.config.weight_multiplier, self.lm_head.weight.to(hidden.dtype)
+        return HeadLoss.apply(hidden, weight, targets, self.config.logit_softcap, self.config.vocab_size, *uniform)
 
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs) -> outputs.MaskedLMOutput:
@@ -544,7 +555,7 @@ class KBERTForReplacedTokenDetection(KBERTPreTrainedModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [...] fp32."""
-        x = self.norm(F.gelu(self.detector_dense(hidden)))
+        x = self.norm(F.gelu(self.detector_dense(hidden * self.config.weight_multiplier)))
         return self.detector(x.to(self.detector.weight.dtype))[..., 0].float()
 
     def loss(
@@ -589,7 +600,7 @@ class KBERTForClassification(KBERTPreTrainedModel):
 
     def classify(self, hidden: Tensor) -> Tensor:
         """[..., d] -> logits [..., num_labels] fp32."""
-        x = self.dropout(self.norm(F.gelu(self.dense(hidden))))
+        x = self.dropout(self.norm(F.gelu(self.dense(hidden * self.config.weight_multiplier))))
         return self.classifier(x.to(self.classifier.weight.dtype)).float()
 
 

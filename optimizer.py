@@ -9,6 +9,9 @@ A group is one stack of rows: for Muon a row is a matrix [r, c], and all matrice
 same batched products; for Adam a row is a single number. Zeros pad the stack to a multiple of the world size, so any
 number of matrices goes with any number of ranks.
 
+Rates, epsilons and decay are those of weights as they act. A model that stores them divided by a multiplier has them
+move by so much less, and its gradients are so much larger.
+
 Bytes that a rank sends in a step, for P parameters on W ranks: (4 + 2) * P * (W - 1) / W, and a little for padding.
 Adam's sums travel while Muon's stacks are built; each group's updates travel while the next group is orthogonalised.
 """
@@ -32,14 +35,14 @@ POLAR_EXPRESS = (
 )
 
 
-def polar_express(gradient: Tensor, steps: int = len(POLAR_EXPRESS)) -> Tensor:
+def polar_express(gradient: Tensor, steps: int = len(POLAR_EXPRESS), eps: float = 1e-6) -> Tensor:
     """[n, r, c] -> bf16 [n, r, c]: about U V^T of each matrix's singular value decomposition U S V^T; zero stays zero.
 
     Singular values between 1e-3 and 1 end up between 0.86 and 1.14 after five steps, between 0.13 and 1.87 after three.
     """
     tall = gradient.size(-2) > gradient.size(-1)
     x = (gradient.mT if tall else gradient).bfloat16()
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + eps)
     for a, b, c in POLAR_EXPRESS[:steps]:
         gram = x @ x.mT  # [n, min(r, c), min(r, c)]
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -62,6 +65,8 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 class Group:
     """Parameters whose gradients form one stack of `rows` rows of shape `row`, sharded over ranks."""
+
+    multiplier = 1.0  # what the parameters are stored divided by
 
     def __init__(self, name: str, parameters: list[nn.Parameter], row: tuple[int, ...], rank: int, world_size: int):
         self.name, self.parameters, self.row, self.rank, self.world_size = name, parameters, row, rank, world_size
@@ -106,7 +111,7 @@ class Group:
     @torch.no_grad()
     def apply(self, rule, lr: float, decay: float) -> None:
         """rule: `descend`, compiled or not."""
-        for rate, value in zip(self.rates, (lr, decay)):
+        for rate, value in zip(self.rates, (lr / self.multiplier, decay)):
             rate.fill_(value)  # a tensor made of numbers would have the host wait for the GPU
         rule(self.weights.view(-1), self.stack.view(-1), self.rates)
         del self.stack, self.gradient
@@ -144,7 +149,8 @@ class Muon(Group):
     def update(self, momentum: float) -> Tensor:
         gradient = self.gradient
         self.state["momentum"].lerp_(gradient, 1 - momentum)
-        update = polar_express(gradient.lerp(self.state["momentum"], momentum), self.polar_steps)
+        update = gradient.lerp(self.state["momentum"], momentum)
+        update = polar_express(update, self.polar_steps, eps=1e-6 * self.multiplier)
         squares = update.float().square_().sum(self.inputs, keepdim=True)  # of each neuron
         second_moment = self.state["second_moment"].lerp_(squares / update.size(self.inputs), 1 - self.beta2)
         # A matrix behind a zero-initialised one has no gradient at step 0, hence the clamps.
@@ -175,7 +181,7 @@ class Adam(Group):
         for unbias, beta in zip(self.unbias, self.betas):
             unbias.fill_(1 - beta**step)
         momentum, second_moment = self.state["momentum"], self.state["second_moment"]
-        return self.rule(self.gradient, momentum, second_moment, self.unbias, *self.betas, self.eps)
+        return self.rule(self.gradient, momentum, second_moment, self.unbias, *self.betas, self.eps * self.multiplier)
 
 
 class Optimizer:
@@ -196,8 +202,10 @@ class Optimizer:
         scalar_lr: float,
         scalar_betas: tuple[float, float],
         adam_eps: float,
+        weight_multiplier: float = 1.0,
         compiled: bool = False,
     ):
+        """weight_multiplier: what the model stores model.Linear's weights and the embedding divided by."""
         embeddings, others, matrices = [], [], {}
         is_embedding = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         stacked = {id(m.weight): m.stacked for m in model.modules() if hasattr(m, "stacked")}
@@ -217,6 +225,8 @@ class Optimizer:
         rest = dict(lr=scalar_lr, betas=scalar_betas, eps=adam_eps, compiled=False)
         named = (("adam.embed", embeddings, embed), ("adam.rest", others, rest))
         self.adam = [Adam(name, group, rank, world_size, **settings) for name, group, settings in named if group]
+        for group in self.groups:
+            group.multiplier = 1.0 if group.name == "adam.rest" else weight_multiplier
         grouped = sorted(id(p) for group in self.groups for p in group.parameters)
         assert grouped == sorted(id(p) for p in trained), "every parameter belongs to exactly one group"
         self.descend = torch.compile(descend, dynamic=True) if compiled else descend  # one kernel for all lengths

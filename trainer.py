@@ -694,10 +694,13 @@ def make_objective(config: KBERTConfig, train: TrainConfig, max_length: int) -> 
     return ReplacedTokenDetection(config, train.seed, max_length, train.generator_layers, train.detection_weight)
 
 
-def make_optimizer(network: nn.Module, train: TrainConfig, process: Process, compiled: bool) -> Optimizer:
+def make_optimizer(
+    network: nn.Module, config: KBERTConfig, train: TrainConfig, process: Process, compiled: bool
+) -> Optimizer:
     theirs = inspect.signature(Optimizer).parameters  # its settings have the names of ours
     settings = {name: value for name, value in vars(train).items() if name in theirs}
-    return Optimizer(network, rank=process.rank, world_size=process.world_size, compiled=compiled, **settings)
+    settings |= {"weight_multiplier": config.weight_multiplier, "compiled": compiled}
+    return Optimizer(network, rank=process.rank, world_size=process.world_size, **settings)
 
 
 def warm_up(objective: MaskedLM | ReplacedTokenDetection, train: TrainConfig, row_tokens: int, max_length: int) -> None:
@@ -844,7 +847,7 @@ class Run:
         if train.compile and obstacle and process.is_main:
             print(f"running eagerly, several times slower: {obstacle}")
         self.objective.prepare(process.device, compute_dtype(process.device), self.compiled)
-        self.optimizer = make_optimizer(self.network, train, process, self.compiled)
+        self.optimizer = make_optimizer(self.network, self.config, train, process, self.compiled)
 
         def attempt(row_tokens: int) -> None:
             self.network.zero_grad(set_to_none=True)

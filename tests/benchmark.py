@@ -83,7 +83,7 @@ class Ours:
         self.objective = make_objective(config, self.train, max_length)
         compiled = why_eager(process.device) is None
         self.objective.prepare(process.device, compute_dtype(process.device), compiled)
-        self.optimizer = make_optimizer(self.objective.network, self.train, process, compiled)
+        self.optimizer = make_optimizer(self.objective.network, config, self.train, process, compiled)
         warm_up(self.objective, self.train, row_tokens, max_length)
         self.optimizer.step(lr_factor=0.0, momentum=0.0)  # compiles the rest
         self.optimizer.reset()

@@ -123,7 +123,7 @@ def tiny(cls=KBERTForMaskedLM, **changed):
     torch.manual_seed(0)
     model = cls(KBERTConfig(**{**shape, **others, **changed}))
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
+        torch.nn.init.normal_(p, std=0.2 / model.config.weight_multiplier if p.ndim == 2 else 0.2)
     return model.eval()
 
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch.export import Dim
 
 from conftest import LENGTHS, ROOT, VOCAB, row_of, tiny
@@ -18,9 +19,11 @@ from model import (
     KBERTForMaskedLM,
     KBERTForMultipleChoice,
     KBERTForQuestionAnswering,
+    KBERTForReplacedTokenDetection,
     KBERTForSequenceClassification,
     KBERTForTokenClassification,
     KBERTModel,
+    Linear,
 )
 from trainer import save_model
 
@@ -146,10 +149,28 @@ def test_impossible_inputs_are_refused():
         model(ids[:, :0])
     with pytest.raises(ValueError, match="rope_parameters are not known here"):
         KBERTConfig(rope_parameters={"rope_theta": 10_000.0})
-    with pytest.raises(ValueError, match="knows checkpoints of format 1, not 2"):
-        KBERTConfig(checkpoint_format=2)
+    with pytest.raises(ValueError, match="knows checkpoints of format 1 and 2, not 3"):
+        KBERTConfig(checkpoint_format=3)
     with pytest.raises(ValueError, match=f"input_ids go up to {VOCAB}, and there are {VOCAB}"):  # a row of padding
         model(ids.fill_(VOCAB))
+
+
+@pytest.mark.parametrize("cls", (*HEADS, KBERTForReplacedTokenDetection))
+def test_matrices_stored_divided_are_the_same_function(tmp_path, cls):
+    """Also those of a folder from before there was a multiplier: by one, of which its config.json says nothing."""
+    divided, inputs = tiny(cls), inputs_of(cls, LENGTHS)
+    divided.save_pretrained(tmp_path)
+    weights, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+    own = {id(m.weight) for m in divided.modules() if isinstance(m, (Linear, torch.nn.Embedding))}
+    for name, p in divided.named_parameters():
+        if id(p) in own:
+            weights[name] *= divided.config.weight_multiplier
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    del config["weight_multiplier"], config["checkpoint_format"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    whole = cls.from_pretrained(tmp_path).eval()
+    assert whole.config.weight_multiplier == 1 and whole.config.checkpoint_format == 2
+    assert torch.equal(logits_of(whole, inputs), logits_of(divided, inputs))
 
 
 @pytest.mark.parametrize("cls", HEADS)

@@ -35,7 +35,7 @@ def small_objective(**changed) -> ReplacedTokenDetection:
     torch.manual_seed(0)
     objective = ReplacedTokenDetection(config, 1, 100, **{"generator_layers": 1, "detection_weight": 10.0, **changed})
     for p in objective.network.parameters():
-        torch.nn.init.normal_(p, std=0.2)
+        torch.nn.init.normal_(p, std=0.2 / config.weight_multiplier if p.ndim == 2 else 0.2)
     objective.prepare(torch.device("cpu"), torch.float32, compiled=False)
     return objective
 

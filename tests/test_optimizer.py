@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import run_python
-from model import PRESETS, KBERTConfig, KBERTForMaskedLM
+from model import PRESETS, KBERTConfig, KBERTForMaskedLM, Linear
 from optimizer import Optimizer, polar_express
 from trainer import why_eager
 
@@ -41,10 +41,10 @@ def settings(**changed) -> dict:
     return {**muon, **embed, **scalar, "adam_eps": 1e-10, **changed}
 
 
-def small_model() -> KBERTForMaskedLM:
+def small_model(**changed) -> KBERTForMaskedLM:
     torch.manual_seed(0)
     shape = dict(num_hidden_layers=3, hidden_size=64, num_attention_heads=2, intermediate_size=128)
-    return KBERTForMaskedLM(KBERTConfig(vocab_size=70, **shape))
+    return KBERTForMaskedLM(KBERTConfig(vocab_size=70, **shape, **changed))
 
 
 def test_every_parameter_is_in_one_group_and_muon_has_the_blocks_matrices():
@@ -93,6 +93,26 @@ def test_muon_steps_have_the_size_that_lr_says():
             p.grad = size * torch.randn_like(p)
         Optimizer(model, rank=0, world_size=1, **settings(muon_weight_decay=0.0)).step(1.0, 0.95)
         assert 0.7 * 0.02 < torch.linalg.svdvals(square.detach() - before).max() < 1.5 * 0.02
+
+
+def test_weights_stored_divided_take_the_same_steps():
+    """To the bit, by a power of two: with small gradients, too, where epsilons matter."""
+    ids = torch.randint(5, 70, (2, 128))
+    weights, losses = [], []
+    for multiplier in (1.0, 8.0):
+        model = small_model(weight_multiplier=multiplier)
+        steps = settings(adam_eps=1e-4, weight_multiplier=multiplier)
+        optimizer = Optimizer(model, rank=0, world_size=1, **steps)
+        for _ in range(4):
+            loss = 1e-4 * model(ids, labels=ids).loss
+            loss.backward()
+            optimizer.step(1.0, 0.95)
+        stored = {id(m.weight) for m in model.modules() if isinstance(m, (Linear, torch.nn.Embedding))}
+        weights.append([p * multiplier if id(p) in stored else p for p in model.parameters()])
+        losses.append(loss)
+    assert losses[0] == losses[1]
+    for a, b in zip(*weights):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
