@@ -97,9 +97,11 @@ def check_lines(log: Log) -> Iterator[str]:
             yield f"{log.path}: no {kind} after step {missing[0]}{others}"
         if extra := sorted(step for step, times in found.items() if times > 1 or step not in expected):
             yield f"{log.path}: a {kind} too many, after step {extra[0]}"
+    growing = ["step", "seconds", "tokens", "flops"] + ["words"] * (log.lines[-1].words is not None)
     for before, line in itertools.pairwise(log.lines):
-        for name in ("step", "seconds", "tokens", "flops"):
-            if getattr(line, name) is None or getattr(line, name) < getattr(before, name):
+        for name in growing:
+            earlier, later = getattr(before, name), getattr(line, name)
+            if earlier is None or later is None or later < earlier:
                 yield f"{log.path}:{line.number}: {name} does not grow"
 
 
@@ -114,15 +116,36 @@ def check_averages(log: Log) -> Iterator[str]:
             yield f"{log.path}:{line.number}: mfu is not flops / train_time / peak_flops"
 
 
+def step_tokens(log: Log) -> int:
+    """Tokens that a step has at most, padding included."""
+    train = log.named("config", "train")
+    if train["grad_accum"] is None:
+        return train["batch_tokens"]
+    return train["grad_accum"] * train["row_tokens"] * log.named("environment", "world_size")
+
+
+def most_text(log: Log) -> float:
+    """Tokens of text that --train.epochs and --train.max_words allow, counted as trainer.py does."""
+    train = log.named("config", "train")
+    epochs, words = train.get("epochs"), train.get("max_words")  # logs from before there were such ends have neither
+    most = math.inf if epochs is None else epochs * log.named("data", "text", "tokens")
+    return most if words is None else min(most, words / log.named("data", "text", "words_per_token"))
+
+
 def check_end(log: Log) -> Iterator[str]:
     """It ended as configured, with the numbers of its last line."""
     train, result, end = log.named("config", "train"), log.named("result"), log.lines[-1]
-    steps, seconds = result["step"], result["seconds"]
+    steps, seconds, text = result["step"], result["seconds"], result["work"].get("text", 0)
     minutes, longest_step = train["max_minutes"], 3 * seconds / max(1, steps)
-    if minutes is None and steps != train["steps"]:
-        yield f"{at(log, 'result')}: {steps} steps of the {train['steps']} configured"
-    if minutes is not None and not 0 <= seconds - 60 * minutes <= longest_step:
-        yield f"{at(log, 'result')}: it ended after {seconds:.1f} s, not with its {minutes} minutes"
+    place, most = at(log, "result"), most_text(log)
+    by_clock = minutes is not None and seconds >= 60 * minutes
+    by_text = most - step_tokens(log) <= text
+    if minutes is None and math.isinf(most) and steps != train["steps"]:
+        yield f"{place}: {steps} steps of the {train['steps']} configured"
+    if minutes is not None and (seconds > 60 * minutes + longest_step or not (by_clock or by_text)):
+        yield f"{place}: it ended after {seconds:.1f} s, not with its {minutes} minutes"
+    if text > most or not (math.isinf(most) or by_clock or by_text):
+        yield f"{place}: it ended after {text} tokens of text; its epochs and words allow {most:.0f}, less one step"
     said = {  # and how far the line is rounded
         "step": (steps, 0),
         "seconds": (seconds, 6e-4),
@@ -130,6 +153,8 @@ def check_end(log: Log) -> Iterator[str]:
         "tokens": (result["work"]["tokens"], 0),
         "flops": (result["flops"], 1e-6 * result["flops"]),
     }
+    if end.words is not None:
+        said["words"] = (text * log.named("data", "text", "words_per_token"), 0.51)
     for name, (value, tolerance) in said.items():
         if getattr(end, name) is None or abs(getattr(end, name) - value) > tolerance:
             yield f"{log.path}:{end.number}: the last line's {name} is not that of the result"
@@ -156,11 +181,7 @@ def check_work(log: Log) -> Iterator[str]:
         if not math.isclose(flops, result["flops"], rel_tol=1e-9):
             yield f"{place}: FLOPs {result['flops']:.6e} do not follow from the configuration, which gives {flops:.6e}"
 
-    if train["grad_accum"] is None:
-        step_tokens = train["batch_tokens"]
-    else:
-        step_tokens = train["grad_accum"] * train["row_tokens"] * log.named("environment", "world_size")
-    most_tokens = result["step"] * step_tokens
+    most_tokens = result["step"] * step_tokens(log)
     rounding = 16 * most_tokens / train["row_tokens"]  # a row's masks are a multiple of 16
     rates = ("replace_rate",) if detection else ("mask_rate_start", "mask_rate_end")
     low_rate, *_, high_rate = sorted([train[name] for name in rates] * 2)
@@ -171,6 +192,8 @@ def check_work(log: Log) -> Iterator[str]:
         "local_pairs": (work.tokens, min(work.global_pairs, work.tokens * (window + 1))),
         "masked": (0.9 * low_rate * work.tokens - rounding, high_rate * most_tokens + rounding),
     }
+    if "text" in result["work"]:  # every window has two special tokens, and one of text at least
+        bounds["text"] = (work.tokens / 3, work.tokens - 2 * work.tokens / longest)
     for name, (low, high) in bounds.items():
         if not low <= getattr(work, name) <= high:
             yield f"{place}: work.{name} is {getattr(work, name)}, outside {low:.0f} to {high:.0f}"

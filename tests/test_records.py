@@ -19,7 +19,18 @@ from transformers import AutoTokenizer
 
 import finetuner
 import trainer
-from conftest import ROOT, TINY_SHAPE, as_flags, flags, losses, metrics_of, run_python, sentences, write_documents
+from conftest import (
+    ROOT,
+    TINY_SHAPE,
+    as_flags,
+    flags,
+    in_section,
+    losses,
+    metrics_of,
+    run_python,
+    sentences,
+    write_documents,
+)
 from dataloading import InputError, sha256_of
 from records.baseline import modernbert
 from records.leaderboard import BEGIN, END, duration, matches, update
@@ -113,22 +124,6 @@ def change(path: Path, edit: Callable[[str], str], seal: bool = True) -> None:
 
 def change_json(path: Path, **values) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def in_section(section: str, name: str, value) -> Callable[[str], str]:
-    """Sets a value, however deep, in a section of JSON."""
-
-    def edit(text: str) -> str:
-        start = text.index(f"=== {section}\n") + len(f"=== {section}\n")
-        end = text.index("\n", start)
-        said, *keys = json.loads(text[start:end]), *name.split(".")
-        inner = said
-        for key in keys[:-1]:
-            inner = inner[key]
-        inner[keys[-1]] = value
-        return text[:start] + json.dumps(said) + text[end:]
-
-    return edit
 
 
 # --- a true record
