@@ -147,7 +147,7 @@ def main() -> None:
     add("--name", help="a few words with dashes")
     add("--contributors", nargs="+", help="who did it")
     add("--what", help="what is new, in a sentence or two")
-    add("--finetuned", type=Path, nargs="+", default=[], metavar="RUN", help="MNLI finetunings of these runs")
+    add("--finetuned", type=Path, nargs="+", default=[], metavar="RUN", help="finetuner.py on the models of these runs")
     add("--paired", type=Path, nargs="+", default=[], metavar="RUN", help="runs of the record before on this machine")
     add("--systems-only", metavar="WHY", help="nothing that the loss depends on has changed: waives its test")
     add("--extract", type=Path, metavar="RECORD", help="lay out the code of a record, or of a run, in --out")

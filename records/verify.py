@@ -37,6 +37,11 @@ SIGNIFICANCE = 0.01  # of both tests: loss below target, time below the record b
 MOST_BYTES = 2_000_000  # of a record
 SAME_EVERYWHERE = ("device", "threads", "torch", "cuda", "driver", "world_size")
 FREE_BETWEEN_RUNS = ("seed", "run_name", "out", "hf_model_name", "wandb_project", "resume")
+METRICS = {  # what finetuner.py measures of a run's model: task and split, whose accuracy counts
+    "mnli_matched": ("mnli", "validation_matched"),
+    "mnli_mismatched": ("mnli", "validation_mismatched"),
+    "blimp": ("blimp", "test"),
+}
 FREE_BETWEEN_MACHINES = (*FREE_BETWEEN_RUNS, "dir", "declared_runs")
 FINETUNED_BY = ("protocol", "optimizer", "lr", "weight_decay", "epochs", "batch_size", "lr_schedule", "seeds")
 
@@ -240,10 +245,19 @@ def read_records(folder: Path) -> list[Record]:
     return sorted((read_record(path.parent) for path in folder.glob("*/record.json")), key=lambda record: record.order)
 
 
-def mnli_scores(log: Log) -> dict[str, float]:
-    """Accuracy on both parts, in percent, median over the finetuning's seeds."""
-    splits = log.named("result", "results", "mnli", "pretrained")
-    return {part: 100 * splits[f"validation_{part}"]["accuracy"]["median"] for part in ("matched", "mismatched")}
+def accuracy(log: Log, metric: str) -> float:
+    """In percent, the median over a finetuning's seeds; for BLiMP the mean over paradigms."""
+    task, split = METRICS[metric]
+    return 100 * log.named("result", "results", task, "pretrained", split, "accuracy", "median")
+
+
+def judged(record: Record, metric: str) -> list[float]:
+    """Accuracy of each run's model that was judged by it."""
+    task, _ = METRICS[metric]
+    logs = [log for log in record.finetuned if task in log.named("result", "results")]
+    scores = {log.named("data", "base_sha256"): accuracy(log, metric) for log in logs}
+    models = [log.named("result", "model_sha256") for log in record.logs]
+    return [scores[model] for model in models if model in scores]
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -257,10 +271,8 @@ def spread(values: Sequence[float]) -> float:
 def measure(record: Record, target: dict, before: list[Log] | None) -> dict:
     """All of record.json's `measured`. before: runs of the record before, on the same machine."""
     results = [log.named("result") for log in record.logs]
-    tuned = {log.named("data", "base_sha256"): mnli_scores(log) for log in record.finetuned}
-    mnli = [tuned[result["model_sha256"]] for result in results if result["model_sha256"] in tuned]
     seconds, losses = [result["seconds"] for result in results], [result["val_loss"] for result in results]
-    matched = [score["matched"] for score in mnli]
+    scores = {metric: judged(record, metric) for metric in METRICS}
     environment = record.logs[0].named("environment")
     threads = f", {environment['threads']} threads" if "threads" in environment else ""
     measured = {
@@ -274,16 +286,15 @@ def measure(record: Record, target: dict, before: list[Log] | None) -> dict:
         "val_loss": mean(losses),
         "val_loss_std": spread(losses),
         "test_loss": mean([result["test_loss"] for result in results if result["test_loss"] is not None]),
-        "mnli_matched": mean(matched),
-        "mnli_mismatched": mean([score["mismatched"] for score in mnli]),
+        **{metric: mean(values) for metric, values in scores.items()},
         "p_target": None,
     }
-    if record.finetuned:
+    if any(line.train_loss for log in record.finetuned for line in log.lines):
         settings = settings_of(record.finetuned[0])
         measured["finetuned_by"] = {name: settings.get(name) for name in FINETUNED_BY}
-    scores, better = (losses, "less") if target["metric"] == "val_loss" else (matched, "greater")
-    if len(scores) > 1:
-        measured["p_target"] = float(ttest_1samp(scores, target["value"], alternative=better).pvalue)
+    by, better = (losses, "less") if target["metric"] == "val_loss" else (scores[target["metric"]], "greater")
+    if len(by) > 1:
+        measured["p_target"] = float(ttest_1samp(by, target["value"], alternative=better).pvalue)
     if before:
         theirs = [log.named("result", "seconds") for log in before]
         measured["speedup"] = mean(theirs) / mean(seconds)
@@ -334,7 +345,7 @@ def check_together(logs: Sequence[Log], what: str, free: Sequence[str] = FREE_BE
     seen: dict[tuple, Log] = {}
     for log in logs:
         losses = tuple(line.train_loss for line in log.lines if line.train_loss is not None)
-        if losses in seen:
+        if losses and losses in seen:
             yield f"{log.path}: {what}: the same run as {seen[losses].path.name}"
         seen.setdefault(losses, log)
 
@@ -404,42 +415,45 @@ def names_device(found: str, device: str) -> bool:
 
 
 def check_finetuned(record: Record, track: dict) -> Iterator[str]:
-    """Finetunings are of these runs' models, one of each, by the track's protocol, judged by all of dev-matched."""
+    """Finetunings, or judgements without training, are of these runs' models, one of each, as the track asks."""
     models = [log.named("result", "model_sha256") for log in record.logs]
     started_from = [log.named("data", "base_sha256") for log in record.finetuned]
-    if record.finetuned and "finetuning" not in track:
-        yield f"{record.path / 'finetuned'}: the track takes no finetunings"
+    if "judged_by" not in track:
+        if record.finetuned:
+            yield f"{record.path / 'finetuned'}: the track takes no finetunings"
         return
-    if track["target"]["metric"] != "val_loss" or record.finetuned:
-        for log, model in zip(record.logs, models):
-            if (number := started_from.count(model)) != 1:
-                yield f"{log.path}: {number} MNLI finetunings of this run: give one of each (--finetuned)"
+    task, _ = METRICS[track["target"]["metric"]]
+    for log, model in zip(record.logs, models):
+        if (number := started_from.count(model)) != 1:
+            yield f"{log.path}: {number} runs of finetuner.py --task {task} on its model: give one (--finetuned)"
     for log, base in zip(record.finetuned, started_from):
         if base not in models:
             yield f"{at(log, 'data')}: it started from another model than these runs'"
         yield from check_seal(log)
-        asked = track["finetuning"]
-        yield from check_protocol(log, asked)
-        if (judged_by := log.named("result", "splits", "mnli", "validation_matched")) != asked["validation_matched"]:
-            yield (
-                f"{at(log, 'result')}: validation_matched is {judged_by}, the track's is {asked['validation_matched']}"
-            )
-        last = {line.run: line.dev_score for line in log.lines if line.dev_score is not None}
-        if abs(100 * statistics.median(last.values()) - mnli_scores(log)["matched"]) > 0.006:
-            yield f"{at(log, 'result')}: the result is not the median of the runs' last dev_score"
+        yield from check_judged_by(log, track)
     if record.finetuned:
         yield from check_together(record.finetuned, "a finetuning of this record", (*FREE_BETWEEN_RUNS, "base_model"))
 
 
-def check_protocol(log: Log, asked: dict) -> Iterator[str]:
-    """The track's settings, and the rate that it has for the optimizer; what it does not name is free."""
-    found = settings_of(log)
-    expected = {"protocol": asked["protocol"], **asked["settings"], "lr": asked["lr"].get(found["optimizer"])}
+def check_judged_by(log: Log, track: dict) -> Iterator[str]:
+    """The track's settings and, of each optimizer, its rate; its examples; the result is that of the lines."""
+    metric, asked, found = track["target"]["metric"], track["judged_by"], settings_of(log)
+    expected = dict(asked["settings"])
+    if "lr" in asked:
+        expected["lr"] = asked["lr"].get(found["optimizer"])
     different = [
         f"{name} {found.get(name)} in place of {value}" for name, value in expected.items() if found.get(name) != value
     ]
     if different:
         yield f"{at(log, 'config')}: not the track's finetuning, but with {', '.join(different)}"
+    for split, examples in asked["splits"].items():
+        if (judged_by := log.named("result", "splits", METRICS[metric][0], split)) != examples:
+            yield f"{at(log, 'result')}: {split} is {judged_by}, the track's is {examples}"
+    starts = 2 if found["compare_random"] else 1  # of which the second is from random weights
+    last = {line.run: line.dev_score for line in log.lines if line.dev_score is not None}
+    scores = [score for run, score in last.items() if (run - 1) % starts == 0]
+    if not scores or abs(100 * statistics.median(scores) - accuracy(log, metric)) > 0.006:
+        yield f"{at(log, 'result')}: the result is not the median of the runs' last dev_score"
 
 
 def check_claim(record: Record, track: dict, before: Record | None) -> Iterator[str]:

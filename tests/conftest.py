@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import trainer
-from dataloading import sha256_of, write_manifest, write_shard
+from dataloading import read_manifest, sha256_of, write_manifest, write_shard
 from model import KBERTConfig, KBERTForMaskedLM
 from records.log import LOG_LINE
 
@@ -78,6 +78,18 @@ def corpus(tmp_path_factory) -> Path:
         tmp_path_factory.mktemp("corpus"),
         {"train": [sentences(1, 300), sentences(2, 200)], "valid": [sentences(3, 60)], "test": [sentences(4, 40)]},
     )
+
+
+@pytest.fixture(scope="session")
+def counted(tmp_path_factory) -> Path:
+    """Shards whose documents have half as many words as tokens."""
+    shards = {"train": [sentences(1, 300)], "valid": [sentences(3, 60)]}
+    directory = write_documents(tmp_path_factory.mktemp("counted"), shards)
+    manifest = read_manifest(directory)
+    for entry in manifest["shards"].values():
+        entry["words"] = (entry["tokens"] - 2 * entry["documents"]) // 2
+    write_manifest(directory, manifest)
+    return directory
 
 
 @pytest.fixture(scope="session")

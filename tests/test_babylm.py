@@ -9,20 +9,8 @@ from pathlib import Path
 import pytest
 
 import trainer
-from conftest import (
-    ROOT,
-    TINY_SHAPE,
-    as_flags,
-    flags,
-    in_section,
-    lines,
-    metrics_of,
-    run_python,
-    sentences,
-    story,
-    write_documents,
-)
-from dataloading import InputError, count_text, data_hash, read_manifest, write_manifest
+from conftest import ROOT, TINY_SHAPE, as_flags, flags, in_section, lines, metrics_of, run_python, story
+from dataloading import InputError, count_text, data_hash, read_manifest
 from hub_stand_in import Hub
 from records.log import read_log
 from records.verify import check_run
@@ -92,17 +80,6 @@ def test_from_six_files_to_a_model_with_its_branches(tmp_path):
         assert sorted(hub.repos["model", "me/baby"]) == sorted([*branches, "main"])
         succeed("-c", PIPELINE, *branches)
     assert 0.97 * 2 * tokens < int(lines(tmp_path / "run")[-1]["words"]) / words_per_token <= 2 * tokens
-
-
-@pytest.fixture
-def counted(tmp_path) -> Path:
-    """Shards whose documents have half as many words as tokens."""
-    directory = write_documents(tmp_path / "data", {"train": [sentences(1, 300)], "valid": [sentences(3, 60)]})
-    manifest = read_manifest(directory)
-    for entry in manifest["shards"].values():
-        entry["words"] = (entry["tokens"] - 2 * entry["documents"]) // 2
-    write_manifest(directory, manifest)
-    return directory
 
 
 def words_of(run: Path) -> list[int]:

@@ -436,20 +436,19 @@ def mnli_archive(archive, runs, word_tokenizer, tmp_path_factory) -> Path:
     shutil.copytree(archive, root)
     shutil.copy(archive.parent / "README.md", tmp_path)
     tracks = json.loads((root / "tracks.json").read_text())
-    judged_by = read_log(tuned[0]).named("result", "splits", "mnli", "validation_matched")
+    splits = read_log(tuned[0]).named("result", "splits", "mnli")
     tracks["tiny-mnli"] = tracks["tiny"] | {
         "target": {"metric": "mnli_matched", "value": 1.0},
-        "finetuning": {
-            "protocol": "default",
-            "settings": {"epochs": 1.0, "batch_size": 8, "seeds": 3, "lr_schedule": "one_cycle"},
+        "judged_by": {
+            "settings": {"protocol": "default", "epochs": 1.0, "batch_size": 8, "seeds": 3, "lr_schedule": "one_cycle"},
             "lr": {"muon": finetuner.MUON_LR, "adamw": 5e-5},
-            "validation_matched": judged_by,
+            "splits": {name: splits[name] for name in ("train", "validation_matched")},
         },
     }
     (root / "tracks.json").write_text(json.dumps(tracks))
     date = read_log(runs[0]).named("environment", "started")[:10]
     said = {"track": "tiny-mnli", "name": "tuned", "date": date, "contributors": ["a"], "what": "A test."}
-    with pytest.raises(InputError, match="0 MNLI finetunings of this run"):
+    with pytest.raises(InputError, match="0 runs of finetuner.py --task mnli on its model"):
         submit(root, runs, dict(said), tuned[:2])
     submit(root, runs, said, tuned)
     return root
@@ -485,6 +484,7 @@ def test_a_record_by_mnli(by_mnli):
         ("config", "train.lr", 1.0, "other settings than 1.txt: lr"),
         ("data", "base_sha256", "0" * 64, "started from another model"),
         ("result", "splits.mnli.validation_matched.fingerprint", "0", "the track's is"),
+        ("result", "splits.mnli.train.fingerprint", "0", "train is {'examples': 24, 'fingerprint': '0'}, the track's"),
         (
             "result",
             "results.mnli.pretrained.validation_matched.accuracy.median",
@@ -499,13 +499,83 @@ def test_a_forged_finetuning(by_mnli, section, name, value, message):
     assert any(message in problem for problem in verify(by_mnli))
 
 
+# --- a record by BLiMP
+
+
+@pytest.fixture(scope="module")
+def blimp_archive(archive, counted, word_tokenizer, tmp_path_factory) -> Path:
+    """records/ with a record of a track whose target is BLiMP, of runs that end by the words shown."""
+    tmp_path, rng = tmp_path_factory.mktemp("blimp"), np.random.default_rng(0)
+    words = [word for word in AutoTokenizer.from_pretrained(word_tokenizer).get_vocab() if word[0] != "["]
+    pairs = [[" ".join(rng.choice(words, 6)) for _ in range(2)] for _ in range(40)]
+    table = pd.DataFrame(pairs, columns=["sentence_good", "sentence_bad"]).assign(UID=["island", "binding"] * 20)
+    table.to_csv(tmp_path / "pairs.csv", index=False)
+    runs, judged = [tmp_path / f"run-{seed}" for seed in (1, 2, 3)], []
+    for seed, run in enumerate(runs, 1):
+        more = f"--train.max_words 3000 --train.declared_runs 3 --train.seed {seed} --train.log_every 1"
+        trainer.main(flags(counted, tmp_path, run.name, more))
+        shutil.copytree(word_tokenizer, run / "model", dirs_exist_ok=True)
+        judged.append(tmp_path / f"judged-{seed}")
+        where = {"data.dataset": tmp_path / "pairs.csv", "train.base_model": run / "model", "train.out": tmp_path}
+        finetuner.main(as_flags({"task": "blimp", "train.run_name": judged[-1].name, **where}))
+    root, log = tmp_path / "records", read_log(runs[0])
+    shutil.copytree(archive, root)
+    shutil.copy(archive.parent / "README.md", tmp_path)
+    tracks, data = json.loads((root / "tracks.json").read_text()), log.named("data")
+    tracks["tiny-blimp"] = tracks["tiny"] | {
+        "target": {"metric": "blimp", "value": 1.0},
+        "data": {"hash": data["hash"], "tokenizer_sha256": data["tokenizer"], "validation": data["validation"]},
+        "judged_by": {
+            "settings": {"protocol": "default"},
+            "splits": {"test": read_log(judged[0]).named("result", "splits", "blimp", "test")},
+        },
+    }
+    (root / "tracks.json").write_text(json.dumps(tracks))
+    said = {"track": "tiny-blimp", "name": "judged", "contributors": ["a"], "what": "A test."}
+    said["date"] = max(read_log(run).named("environment", "started") for run in runs)[:10]
+    with pytest.raises(InputError, match="0 runs of finetuner.py --task blimp on its model"):
+        submit(root, runs, dict(said), judged[:2])
+    submit(root, runs, said, judged)
+    return root
+
+
+@pytest.fixture
+def by_blimp(blimp_archive, tmp_path) -> Path:
+    shutil.copytree(blimp_archive, tmp_path / "records")
+    shutil.copy(blimp_archive.parent / "README.md", tmp_path)
+    return next((tmp_path / "records" / "tiny-blimp").glob("*_judged"))
+
+
+def test_a_record_by_blimp(by_blimp):
+    assert verify(by_blimp) == []
+    logs = [read_log(log) for log in sorted((by_blimp / "finetuned").iterdir())]
+    results = [log.named("result", "results", "blimp", "pretrained", "test", "accuracy", "median") for log in logs]
+    measured = json.loads((by_blimp / "record.json").read_text())["measured"]
+    assert measured["blimp"] == pytest.approx(100 * sum(results) / 3) and measured["mnli_matched"] is None
+    assert "finetuned_by" not in measured and [len(log.lines) for log in logs] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "section,name,value,message",
+    (
+        ("data", "base_sha256", "0" * 64, "started from another model than these runs'"),
+        ("config", "protocol", "sane", "not the track's finetuning, but with protocol sane in place of default"),
+        ("result", "splits.blimp.test.examples", 7, "test is {'examples': 7,"),
+        ("result", "results.blimp.pretrained.test.accuracy.median", 0.99, "not the median of the runs' last dev_score"),
+    ),
+)
+def test_a_forged_judgement(by_blimp, section, name, value, message):
+    change(by_blimp / "finetuned" / "2.txt", in_section(section, name, value))
+    assert any(message in problem for problem in verify(by_blimp))
+
+
 def test_tracks_ask_for_what_their_protocol_does():
     for track in json.loads((ROOT / "records" / "tracks.json").read_text()).values():
-        asked = track.get("finetuning")
-        if asked is None:
+        asked = track.get("judged_by", {})
+        if "lr" not in asked:
             continue
-        settings = finetuner.read_flags(["--protocol", asked["protocol"]])[0]
-        given, protocol = settings["train"] | settings["data"], finetuner.PROTOCOLS[asked["protocol"]]
+        settings = finetuner.read_flags(["--protocol", asked["settings"]["protocol"]])[0]
+        given, protocol = settings["train"] | settings["data"] | settings, finetuner.PROTOCOLS[settings["protocol"]]
         assert {name: given[name] for name in asked["settings"]} == asked["settings"] and not protocol.grid
         train = finetuner.FinetuneConfig(**settings["train"])
         chosen = [finetuner.choose_rates(train, protocol, kbert) for kbert in (True, False)]
