@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataloading import InputError
 from records.log import Log
 from records.plot import COLORS, figure
-from records.verify import RECORDS, Record, read_records, read_tracks
+from records.verify import RACES, RECORDS, Record, read_records, read_tracks
 
 BEGIN, END = "<!-- records: written by records/leaderboard.py -->", "<!-- end of records -->"
 
@@ -82,42 +82,56 @@ def matches(mnli: float | None) -> str:
 
 
 COLUMNS = ("#", "what", "~matches", "parameters", "time", "FLOPs", "hardware", "validation loss", "test loss")
-COLUMNS += ("MNLI m / mm", "log", "contributors")
+COLUMNS += ("score", "log", "contributors")
 
 
-def row(number: int, record: Record, folder: str) -> tuple[str, ...]:
-    """A record's cells, of COLUMNS."""
-    said, m = record.said, record.said["measured"]
-    faster = f" ({m['speedup']:.1f} times as fast)" if "speedup" in m else ""
+def row(number: int, record: Record, track: dict, folder: str) -> tuple[str, ...]:
+    """A record's cells, of COLUMNS. What it gained over the record before stands where it is raced."""
+    said, m, race = record.said, record.said["measured"], RACES[track["race"]]
+    gained = f" ({m[race.gain]:.1f} {race.by.rsplit(' ', 1)[0]})" if race.gain in m else ""
+    cells = {"seconds": duration(m.get("seconds_in_all", m["seconds"])), "flops": f"{m['flops']:.2e}"}
+    cells["score"] = score_of(m)
+    cells[track["race"]] += gained
     return (
         str(number),
         f"[{said['name']}]({folder})",
         matches(m["mnli_matched"]),
         f"{m['parameters'] / 1e6:.1f}M",
-        duration(m["seconds"]) + faster,
-        f"{m['flops']:.2e}",
+        cells["seconds"],
+        cells["flops"],
         m["hardware"],
         f"{m['val_loss']:.4f} (n = {m['n']})",
         "-" if m["test_loss"] is None else f"{m['test_loss']:.4f}",
-        "-" if m["mnli_matched"] is None else f"{m['mnli_matched']:.1f} / {m['mnli_mismatched']:.1f}",
+        cells["score"],
         f"[logs]({folder}/logs)",
         ", ".join(said["contributors"]),
     )
 
 
+def score_of(measured: dict) -> str:
+    """Accuracies of the tracks that are judged by them."""
+    if measured["mnli_matched"] is not None:
+        return f"MNLI {measured['mnli_matched']:.1f} / {measured['mnli_mismatched']:.1f}"
+    scores = [(name, measured.get(metric)) for metric, name in (("blimp", "BLiMP"), ("pairs", "pairs"))]
+    return ", ".join(f"{name} {score:.1f}" for name, score in scores if score is not None) or "-"
+
+
 def table(root: Path, tracks: dict[str, dict], records: dict[str, list[Record]]) -> str:
-    """A table for each track that has records, and its picture."""
+    """A table for each track that has records, and its picture; closed ones, which are history, at the end."""
     parts = []
-    for name, track in tracks.items():
+    for name, track in sorted(tracks.items(), key=lambda item: "closed" in item[1]):
         if not records[name]:
             continue
-        target = track["target"]
-        parts.append(f"**{name}**: {track['title']}. Target: {target['metric']} {target['value']}.\n")
+        target, closed = track["target"], track.get("closed")
+        history = f" Closed since {closed['on']}, kept as history: {closed['why']}" if closed else ""
+        parts.append(f"**{name}**: {track['title']}. Target: {target['metric']} {target['value']}.{history}\n")
         parts += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
         for number, record in enumerate(records[name], 1):
-            cells = row(number, record, record.path.relative_to(root.parent).as_posix())
+            cells = row(number, record, track, record.path.relative_to(root.parent).as_posix())
             parts.append(f"| {' | '.join(cells)} |")
-        parts.append(f"\n![{name}: seconds of each record, and loss against seconds](records/figures/{name}.png)\n")
+        parts.append(
+            f"\n![{name}: {track['race']} of each record, and loss against seconds](records/figures/{name}.png)\n"
+        )
     return "\n".join(parts) or "No record yet."
 
 
@@ -151,13 +165,16 @@ def write_name(axis, name: str, place: tuple[float, float], offset: tuple[int, i
     axis.annotate(name, place, xytext=offset, textcoords="offset points", **style)
 
 
-def draw_history(axis, records: list[Record]) -> None:
-    """Seconds of each record, the oldest first."""
-    seconds = [record.said["measured"]["seconds"] for record in records]
-    axis.plot(range(len(records)), seconds, "o-", color=COLORS[0], drawstyle="steps-post")
-    for place, record in zip(enumerate(seconds), records):
+def draw_history(axis, track: dict, records: list[Record]) -> None:
+    """What each record is compared by, the oldest first."""
+    metric = track["target"]["metric"]
+    key = metric if track["race"] == "score" else track["race"]
+    values = [record.said["measured"][key] for record in records]
+    axis.plot(range(len(records)), values, "o-", color=COLORS[0], drawstyle="steps-post")
+    for place, record in zip(enumerate(values), records):
         write_name(axis, record.said["name"], place, (4, 6), fontsize=8)
-    axis.set(xlabel="record", ylabel="time to target (seconds, logarithmic)", yscale="log")
+    label = {"seconds": "time to target (seconds, logarithmic)", "flops": "FLOPs to target (logarithmic)"}
+    axis.set(xlabel="record", ylabel=label.get(key, f"{metric} (%)"), yscale="linear" if key == metric else "log")
     axis.set_xticks(range(len(records)), [record.said["date"] for record in records], fontsize=8)
     axis.margins(x=0.25, y=0.2)
 
@@ -275,7 +292,7 @@ def pictures(tracks: dict[str, dict], records: dict[str, list[Record]]) -> Itera
 
         def draw(axes, track=track, mine=mine, runs=runs):
             draw_losses(axes[0], track, runs)
-            draw_history(axes[1], mine)
+            draw_history(axes[1], track, mine)
 
         said = [(record.said, [log.text for log in record.logs]) for record in mine]
         yield f"{name}.png", source_hash(track, said), 2, draw
@@ -284,7 +301,7 @@ def pictures(tracks: dict[str, dict], records: dict[str, list[Record]]) -> Itera
 def update(root: Path, check: bool) -> list[Path]:
     """Returns what was stale and, unless only checked, has been written anew."""
     tracks = read_tracks(root)
-    records = {name: read_records(root / name) for name in tracks}
+    records = {name: read_records(root / name, track) for name, track in tracks.items()}
     readme, stale = root.parent / "README.md", []
     texts = {
         readme: with_table(readme.read_text(encoding="utf-8"), table(root, tracks, records)),

@@ -6,8 +6,9 @@
 Prints what is wrong, one line each with file and line, and exits with 1; or says what it checked, and exits with 0.
 
 A record's folder: record.json (who and what, and `measured`, all that follows from the logs), logs/ (one for each
-declared run; the first keeps the code that ran), finetuned/ (logs of finetunings of these runs, if any), paired/ (runs
-of the record before on this record's machine, unless its own logs were made there), README.md and curve.png.
+declared run; the first keeps the code that ran), finetuned/ (logs of finetuner.py on these runs' models, if the track
+asks for them), paired/ and paired_finetuned/ (those of the record before on this record's machine, unless its own were
+made there), README.md and curve.png.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from scipy.stats import ttest_1samp, ttest_ind
 
@@ -41,9 +43,27 @@ METRICS = {  # what finetuner.py measures of a run's model: task and split, whos
     "mnli_matched": ("mnli", "validation_matched"),
     "mnli_mismatched": ("mnli", "validation_mismatched"),
     "blimp": ("blimp", "test"),
+    "pairs": ("pairs", "validation"),
 }
+FOLDERS = ("logs", "finetuned", "paired", "paired_finetuned")  # of a record
 FREE_BETWEEN_MACHINES = (*FREE_BETWEEN_RUNS, "dir", "declared_runs")
 FINETUNED_BY = ("protocol", "optimizer", "lr", "weight_decay", "epochs", "batch_size", "lr_schedule", "seeds")
+
+
+class Race(NamedTuple):
+    """What a track's records are compared by."""
+
+    gain: str  # over the record before, by its name in record.json
+    p: str  # of Welch's test, likewise
+    better: str
+    by: str
+
+
+RACES = {
+    "seconds": Race("speedup", "p_faster", "faster", "times as fast as"),
+    "flops": Race("gain", "p_gain", "cheaper", "times as cheap as"),
+    "score": Race("gain", "p_gain", "better", "points above"),
+}
 
 
 def read_tracks(root: Path) -> dict[str, dict]:
@@ -215,11 +235,12 @@ class Record:
     logs: list[Log]
     finetuned: list[Log]
     paired: list[Log]
+    paired_finetuned: list[Log]
 
-    @property
-    def order(self) -> tuple[str, float]:
-        """By date; of one day the slower first."""
-        return self.said["date"], -self.said["measured"]["seconds"]
+    def order(self, track: dict) -> tuple[str, float]:
+        """By date; of one day the slower, costlier or worse first."""
+        race, measured = track["race"], self.said["measured"]
+        return self.said["date"], measured[track["target"]["metric"]] if race == "score" else -measured[race]
 
 
 def read_record(path: Path) -> Record:
@@ -237,12 +258,13 @@ def with_logs(path: Path, said: dict) -> Record:
     def read(folder: str) -> list[Log]:
         return [read_log(log) for log in sorted((path / folder).glob("*.txt"), key=lambda log: (len(log.name), log))]
 
-    return Record(path, said, read("logs"), read("finetuned"), read("paired"))
+    return Record(path, said, *map(read, FOLDERS))
 
 
-def read_records(folder: Path) -> list[Record]:
+def read_records(folder: Path, track: dict) -> list[Record]:
     """A track's records, the oldest first."""
-    return sorted((read_record(path.parent) for path in folder.glob("*/record.json")), key=lambda record: record.order)
+    records = [read_record(path.parent) for path in folder.glob("*/record.json")]
+    return sorted(records, key=lambda record: record.order(track))
 
 
 def accuracy(log: Log, metric: str) -> float:
@@ -251,13 +273,30 @@ def accuracy(log: Log, metric: str) -> float:
     return 100 * log.named("result", "results", task, "pretrained", split, "accuracy", "median")
 
 
-def judged(record: Record, metric: str) -> list[float]:
+def judged(logs: Sequence[Log], finetuned: Sequence[Log], metric: str) -> list[float]:
     """Accuracy of each run's model that was judged by it."""
     task, _ = METRICS[metric]
-    logs = [log for log in record.finetuned if task in log.named("result", "results")]
-    scores = {log.named("data", "base_sha256"): accuracy(log, metric) for log in logs}
-    models = [log.named("result", "model_sha256") for log in record.logs]
+    found = [log for log in finetuned if task in log.named("result", "results")]
+    scores = {log.named("data", "base_sha256"): accuracy(log, metric) for log in found}
+    models = [log.named("result", "model_sha256") for log in logs]
     return [scores[model] for model in models if model in scores]
+
+
+def raced(logs: Sequence[Log], finetuned: Sequence[Log], track: dict) -> list[float]:
+    """What the track's records are compared by, of each run."""
+    if track["race"] == "score":
+        return judged(logs, finetuned, track["target"]["metric"])
+    return [log.named("result", track["race"]) for log in logs]
+
+
+def seconds_in_all(logs: Sequence[Log], finetuned: Sequence[Log]) -> list[float]:
+    """Of each run, pretraining and finetuning together, by both logs' clocks; a finetuning counts all that it ran."""
+    tuning = {}
+    for log in finetuned:
+        last = {line.run: line.seconds for line in log.lines}
+        tuning[log.named("data", "base_sha256")] = sum(last.values())
+    results = [log.named("result") for log in logs]
+    return [result["seconds"] + tuning.get(result["model_sha256"], 0.0) for result in results]
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -268,11 +307,12 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def measure(record: Record, target: dict, before: list[Log] | None) -> dict:
-    """All of record.json's `measured`. before: runs of the record before, on the same machine."""
+def measure(record: Record, track: dict, before: Record | None) -> dict:
+    """All of record.json's `measured`. before: the record before."""
+    target = track["target"]
     results = [log.named("result") for log in record.logs]
     seconds, losses = [result["seconds"] for result in results], [result["val_loss"] for result in results]
-    scores = {metric: judged(record, metric) for metric in METRICS}
+    scores = {metric: judged(record.logs, record.finetuned, metric) for metric in METRICS}
     environment = record.logs[0].named("environment")
     threads = f", {environment['threads']} threads" if "threads" in environment else ""
     measured = {
@@ -295,15 +335,20 @@ def measure(record: Record, target: dict, before: list[Log] | None) -> dict:
     by, better = (losses, "less") if target["metric"] == "val_loss" else (scores[target["metric"]], "greater")
     if len(by) > 1:
         measured["p_target"] = float(ttest_1samp(by, target["value"], alternative=better).pvalue)
+    if "minutes" in track.get("limits", {}):
+        measured["seconds_in_all"] = mean(seconds_in_all(record.logs, record.finetuned))
     if before:
-        theirs = [log.named("result", "seconds") for log in before]
-        measured["speedup"] = mean(theirs) / mean(seconds)
-        measured["p_faster"] = float(ttest_ind(seconds, theirs, equal_var=False, alternative="less").pvalue)
+        ours, theirs = raced(record.logs, record.finetuned, track), raced(*rivals(record, before), track)
+        race, by_score = RACES[track["race"]], track["race"] == "score"
+        measured[race.gain] = mean(ours) - mean(theirs) if by_score else mean(theirs) / mean(ours)
+        better = "greater" if by_score else "less"
+        measured[race.p] = float(ttest_ind(ours, theirs, equal_var=False, alternative=better).pvalue)
     return measured
 
 
-def paired_logs(record: Record, before: Record | None) -> list[Log] | None:
-    return (record.paired or before.logs) if before else None
+def rivals(record: Record, before: Record) -> tuple[list[Log], list[Log]]:
+    """Runs of the record before to compare with, and their finetunings: those made on this record's machine, if any."""
+    return (record.paired, record.paired_finetuned) if record.paired else (before.logs, before.finetuned)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,6 +442,8 @@ def check_track(log: Log, track: dict) -> Iterator[str]:
     }
     for name in ("tokens", "masked_tokens", "fingerprint"):
         expected["data", "validation", name] = data["validation"][name]
+    if "text" in data:  # what the limits are counted by
+        expected["data", "text"] = data["text"]
     for keys, value in expected.items():
         if log.named(*keys) != value:
             yield f"{at(log, keys[0])}: {'.'.join(keys)} is {log.named(*keys)!r}, the track's is {value!r}"
@@ -414,25 +461,40 @@ def names_device(found: str, device: str) -> bool:
     return re.search(rf"\b{re.escape(device)}\b", found) is not None
 
 
-def check_finetuned(record: Record, track: dict) -> Iterator[str]:
+def check_limits(record: Record, track: dict) -> Iterator[str]:
+    """No run was shown more text, or took more time on its machine, than the track allows."""
+    limits = track.get("limits", {})
+    if "minutes" in limits:
+        yield from check_machine([*record.logs, *record.finetuned], record.logs[0])
+    for log, seconds in zip(record.logs, seconds_in_all(record.logs, record.finetuned)):
+        spent = {"minutes": seconds / 60}
+        if "text" in track["data"]:
+            text, epoch = log.named("result", "work", "text"), log.named("data", "text")
+            spent |= {"epochs": text / epoch["tokens"], "words": text * epoch["words_per_token"]}
+        for name, most in limits.items():
+            if spent[name] > most:
+                yield f"{at(log, 'result')}: {spent[name]:.6g} {name}, the track allows {most:.6g}"
+
+
+def check_finetuned(logs: Sequence[Log], finetuned: Sequence[Log], track: dict) -> Iterator[str]:
     """Finetunings, or judgements without training, are of these runs' models, one of each, as the track asks."""
-    models = [log.named("result", "model_sha256") for log in record.logs]
-    started_from = [log.named("data", "base_sha256") for log in record.finetuned]
+    models = [log.named("result", "model_sha256") for log in logs]
+    started_from = [log.named("data", "base_sha256") for log in finetuned]
     if "judged_by" not in track:
-        if record.finetuned:
-            yield f"{record.path / 'finetuned'}: the track takes no finetunings"
+        if finetuned:
+            yield f"{finetuned[0].path.parent}: the track takes no finetunings"
         return
     task, _ = METRICS[track["target"]["metric"]]
-    for log, model in zip(record.logs, models):
+    for log, model in zip(logs, models):
         if (number := started_from.count(model)) != 1:
             yield f"{log.path}: {number} runs of finetuner.py --task {task} on its model: give one (--finetuned)"
-    for log, base in zip(record.finetuned, started_from):
+    for log, base in zip(finetuned, started_from):
         if base not in models:
             yield f"{at(log, 'data')}: it started from another model than these runs'"
         yield from check_seal(log)
         yield from check_judged_by(log, track)
-    if record.finetuned:
-        yield from check_together(record.finetuned, "a finetuning of this record", (*FREE_BETWEEN_RUNS, "base_model"))
+    if finetuned:
+        yield from check_together(finetuned, "a finetuning", (*FREE_BETWEEN_RUNS, "base_model"))
 
 
 def check_judged_by(log: Log, track: dict) -> Iterator[str]:
@@ -457,9 +519,9 @@ def check_judged_by(log: Log, track: dict) -> Iterator[str]:
 
 
 def check_claim(record: Record, track: dict, before: Record | None) -> Iterator[str]:
-    """Target met, and faster than the record before on one machine; record.json says what the logs give."""
+    """Target met, and better than the record before; record.json says what the logs give."""
     place, said, target = record.path / "record.json", record.said, track["target"]
-    measured = measure(record, target, paired_logs(record, before))
+    measured = measure(record, track, before)
     for name in {**measured, **said["measured"]}:
         ours, theirs = measured.get(name), said["measured"].get(name)
         numbers = isinstance(ours, float) and isinstance(theirs, int | float)
@@ -467,20 +529,22 @@ def check_claim(record: Record, track: dict, before: Record | None) -> Iterator[
             yield f"{place}: measured.{name} is {theirs!r}, the logs give {ours!r}"
     p = measured["p_target"]
     if said.get("systems_only"):
-        if before is None or not measured["val_loss"] <= target["value"]:
-            yield f"{place}: systems_only needs a record before it, and a mean loss that meets the target"
+        met = target["metric"] == "val_loss" and measured["val_loss"] <= target["value"]
+        if before is None or track["race"] != "seconds" or not met:
+            yield f"{place}: systems_only needs a record to be faster than, and a mean loss that meets the target"
     elif p is None or not p < SIGNIFICANCE:
         yield (
             f"{place}: {target['metric']} does not meet the target {target['value']} "
             f"(p = {p}, asked for: below {SIGNIFICANCE})"
         )
     if before:
-        yield from check_faster(record, track, before, measured)
+        yield from check_better(record, track, before, measured)
 
 
-def check_faster(record: Record, track: dict, before: Record, measured: dict) -> Iterator[str]:
-    """Than the record before, run by its own code on the same machine."""
-    place, beaten, theirs = record.path / "record.json", before.path.name, paired_logs(record, before)
+def check_better(record: Record, track: dict, before: Record, measured: dict) -> Iterator[str]:
+    """Than the record before, by its own code; of seconds, or a score after some time, on the same machine."""
+    place, beaten = record.path / "record.json", before.path.name
+    theirs, their_finetuned = rivals(record, before)
     if record.said.get("beats") != beaten:
         yield f"{place}: beats is {record.said.get('beats')!r}; the record before is {beaten}"
     yield from check_together(theirs, "a run of the record before")
@@ -491,22 +555,46 @@ def check_faster(record: Record, track: dict, before: Record, measured: dict) ->
     ran, ran_before = (settings_of(log, FREE_BETWEEN_MACHINES) for log in (theirs[0], before.logs[0]))
     if different := differing(ran, ran_before):
         yield f"{at(theirs[0], 'config')}: not the settings of {beaten}: {different}"
-    here = record.logs[0].named("environment")
-    for log in [*theirs, *record.logs]:
+    if record.paired and track["race"] == "score":
+        yield from check_paired_finetuned(record, track, before)
+    if track["race"] != "flops":
+        yield from check_machine([*theirs, *their_finetuned, *record.logs, *record.finetuned], record.logs[0])
+    race = RACES[track["race"]]
+    if len(theirs) < track["min_runs"]:
+        yield f"{record.path}: {len(theirs)} runs of the record before; the track asks for {track['min_runs']}"
+    elif not measured[race.p] < SIGNIFICANCE:
+        gained = f"{measured[race.gain]:.3f} {race.by} it, p = {measured[race.p]:.4f}"
+        yield f"{place}: not {race.better} than {beaten} ({gained}, asked for: below {SIGNIFICANCE})"
+
+
+def check_paired_finetuned(record: Record, track: dict, before: Record) -> Iterator[str]:
+    """The record before, finetuned again as it was."""
+    yield from check_finetuned(record.paired, record.paired_finetuned, track)
+    free = (*FREE_BETWEEN_MACHINES, "base_model", "dataset")
+    for log, other in zip(record.paired_finetuned, before.finetuned):
+        if log.hashes != other.hashes or settings_of(log, free) != settings_of(other, free):
+            yield f"{log.path}: not the code, or not the settings, of the finetunings of {before.path.name}"
+
+
+def check_machine(logs: Sequence[Log], first: Log) -> Iterator[str]:
+    here = first.named("environment")
+    for log in logs:
         there = log.named("environment")
         for name in (*SAME_EVERYWHERE, "machine"):
             if there.get(name) != here.get(name):
                 yield (
                     f"{at(log, 'environment')}: {name} is {there.get(name)!r}, not {here.get(name)!r}: "
-                    "compared runs are made on one machine (paired/)"
+                    "what is timed or compared is made on one machine (paired/)"
                 )
-    if len(theirs) < track["min_runs"]:
-        yield f"{record.path}: {len(theirs)} runs of the record before; the track asks for {track['min_runs']}"
-    elif not measured["p_faster"] < SIGNIFICANCE:
-        yield (
-            f"{place}: not faster than {beaten} ({measured['speedup']:.3f} times, p = {measured['p_faster']:.4f}, "
-            f"asked for: below {SIGNIFICANCE})"
-        )
+
+
+def refusal(track: dict, date: str) -> str | None:
+    """Why a track takes no record of that day, None where it takes one."""
+    if "closed" in track and date >= track["closed"]["on"]:
+        return f"is closed since {track['closed']['on']}: {track['closed']['why']}"
+    splits = track.get("judged_by", {}).get("splits", {})
+    known = [track["target"], *track["data"].values(), *(split["fingerprint"] for split in splits.values())]
+    return f"is not open yet: {track['why']}" if None in known else None
 
 
 def check_record(record: Record, tracks: dict[str, dict], before: Record | None) -> Iterator[str]:
@@ -515,8 +603,8 @@ def check_record(record: Record, tracks: dict[str, dict], before: Record | None)
     track = tracks.get(name)
     if track is None or record.path.parent.name != name:
         yield f"{place}: track {name!r} is not declared in tracks.json, or not the folder's"
-    elif track["target"] is None or track["data"]["hash"] is None:
-        yield f"{place}: track {name} is not open yet: {track['why']}"
+    elif why := refusal(track, record.said["date"]):
+        yield f"{place}: track {name} {why}"
     elif not record.logs:
         yield f"{record.path / 'logs'}: no logs"
     else:
@@ -527,17 +615,20 @@ def check_record(record: Record, tracks: dict[str, dict], before: Record | None)
             yield from check_run(log)
             yield from check_track(log, track)
         yield from check_together(record.logs, "a run of this record")
-        yield from check_finetuned(record, track)
+        yield from check_finetuned(record.logs, record.finetuned, track)
+        yield from check_limits(record, track)
         yield from check_claim(record, track, before)
 
 
 def verify(path: Path) -> list[str]:
     """What is wrong with a record."""
     try:
-        record, path = read_record(path), path.resolve()
-        earlier = [other for other in read_records(path.parent) if other.path != path and other.order < record.order]
-        before = earlier[-1] if earlier else None
-        return list(dict.fromkeys(check_record(record, read_tracks(path.parents[1]), before)))
+        record, folder = read_record(path), path.resolve().parent
+        tracks, earlier = read_tracks(folder.parent), []
+        if track := tracks.get(folder.name):
+            order = record.order(track)
+            earlier = [other for other in read_records(folder, track) if other.order(track) < order]
+        return list(dict.fromkeys(check_record(record, tracks, earlier[-1] if earlier else None)))
     except InputError as error:
         return [str(error)]
     except (KeyError, TypeError) as error:

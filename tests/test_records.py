@@ -90,6 +90,7 @@ def archive(runs, tmp_path_factory) -> Path:
         "title": "for tests",
         "why": "",
         "target": {"metric": "val_loss", "value": worst + 0.5},
+        "race": "seconds",
         "min_runs": 3,
         "max_length": 100,
         "data": {"hash": data["hash"], "tokenizer_sha256": data["tokenizer"], "validation": data["validation"]},
@@ -124,6 +125,14 @@ def change(path: Path, edit: Callable[[str], str], seal: bool = True) -> None:
 
 def change_json(path: Path, **values) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_track(record: Path, **values) -> None:
+    """Of a record's track, in its copy of tracks.json."""
+    path = record.parents[1] / "tracks.json"
+    tracks = json.loads(path.read_text())
+    tracks[record.parent.name] |= values
+    path.write_text(json.dumps(tracks))
 
 
 # --- a true record
@@ -470,7 +479,10 @@ def test_a_record_by_mnli(by_mnli):
     assert len(scores) == 3 and said["mnli_matched"] == pytest.approx(sum(scores) / 3) and said["p_target"] < 0.01
     root = by_mnli.parents[1]
     assert root / "figures" / "pareto.png" in update(root, check=False)  # with a star of ours
-    assert f"| {said['mnli_matched']:.1f} / {said['mnli_mismatched']:.1f} |" in (root.parent / "README.md").read_text()
+    assert (
+        f"| MNLI {said['mnli_matched']:.1f} / {said['mnli_mismatched']:.1f} |"
+        in (root.parent / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -499,6 +511,68 @@ def test_a_forged_finetuning(by_mnli, section, name, value, message):
     assert any(message in problem for problem in verify(by_mnli))
 
 
+# --- a record by its score after a fixed time
+
+
+def scored(text: str, score: float) -> str:
+    """The same finetuning with another result, consistent down to the hash."""
+    text = re.sub(r"dev_score:\S+", f"dev_score:{score:.4f}", text)
+    return sealed(in_section("result", "results.mnli.pretrained.validation_matched.accuracy.median", score)(text))
+
+
+@pytest.fixture
+def by_score(mnli_archive, runs, tmp_path) -> Path:
+    """Of a track that is raced by MNLI within ten minutes of pretraining and finetuning, the second record."""
+    root = tmp_path / "records"
+    shutil.copytree(mnli_archive, root)
+    shutil.copy(mnli_archive.parent / "README.md", tmp_path)
+    tracks = json.loads((root / "tracks.json").read_text())
+    tracks["tiny-score"] = tracks["tiny-mnli"] | {"race": "score", "limits": {"minutes": 10}}
+    (root / "tracks.json").write_text(json.dumps(tracks))
+    tuned = sorted(next((root / "tiny-mnli").glob("*_tuned")).glob("finetuned/*.txt"))
+    said = {"track": "tiny-score", "contributors": ["a"], "what": "A test."}
+    said["date"] = read_log(runs[0]).named("environment", "started")[:10]
+    for name, score in (("before", 0.4), ("ours", 0.6)):
+        for number, log in enumerate(tuned):
+            (tmp_path / f"{name}-{number}.txt").write_text(scored(log.read_text(), score + 0.01 * number))
+        finetuned = [tmp_path / f"{name}-{number}.txt" for number in range(len(tuned))]
+        folder = submit(root, runs, said | {"name": name}, finetuned)
+    return folder
+
+
+def test_a_record_by_score(by_score):
+    assert verify(by_score) == []
+    measured = json.loads((by_score / "record.json").read_text())["measured"]
+    assert measured["gain"] == pytest.approx(20, abs=0.02) and measured["p_gain"] < 0.01
+    tuning = [read_log(log) for log in (by_score / "finetuned").iterdir()]
+    seconds = sum(line.seconds for log in tuning for line in {line.run: line for line in log.lines}.values()) / 3
+    assert seconds > 0 and measured["seconds_in_all"] == pytest.approx(measured["seconds"] + seconds)
+    assert "20.00 points above [before]" in (by_score / "README.md").read_text()
+    change_track(by_score, limits={"minutes": 0.95 * measured["seconds_in_all"] / 60})
+    assert any("minutes, the track allows" in problem for problem in verify(by_score))
+
+
+def test_a_score_that_is_not_better(by_score):
+    for number in (1, 2, 3):
+        change(by_score / "finetuned" / f"{number}.txt", lambda text, n=number: scored(text, 0.4 + 0.011 * (n - 1)))
+    assert any("not better than" in problem for problem in verify(by_score))
+
+
+def test_a_better_score_is_shown_on_one_machine(by_score):
+    for folder in ("logs", "finetuned"):
+        for number in (1, 2, 3):
+            change(by_score / folder / f"{number}.txt", in_section("environment", "machine", "another"))
+    assert any("is made on one machine" in problem for problem in verify(by_score))
+    before, other = next(by_score.parent.glob("*_before")), in_section("environment", "machine", "another")
+    for folder, into in (("logs", "paired"), ("finetuned", "paired_finetuned")):
+        (by_score / into).mkdir()
+        for log in (before / folder).iterdir():
+            (by_score / into / log.name).write_text(sealed(other(log.read_text())))
+    assert verify(by_score) == []
+    change(by_score / "paired_finetuned" / "2.txt", in_section("config", "train.pooling", "cls"))
+    assert any("not the code, or not the settings, of the finetunings" in problem for problem in verify(by_score))
+
+
 # --- a record by BLiMP
 
 
@@ -510,32 +584,41 @@ def blimp_archive(archive, counted, word_tokenizer, tmp_path_factory) -> Path:
     pairs = [[" ".join(rng.choice(words, 6)) for _ in range(2)] for _ in range(40)]
     table = pd.DataFrame(pairs, columns=["sentence_good", "sentence_bad"]).assign(UID=["island", "binding"] * 20)
     table.to_csv(tmp_path / "pairs.csv", index=False)
-    runs, judged = [tmp_path / f"run-{seed}" for seed in (1, 2, 3)], []
-    for seed, run in enumerate(runs, 1):
-        more = f"--train.max_words 3000 --train.declared_runs 3 --train.seed {seed} --train.log_every 1"
-        trainer.main(flags(counted, tmp_path, run.name, more))
-        shutil.copytree(word_tokenizer, run / "model", dirs_exist_ok=True)
-        judged.append(tmp_path / f"judged-{seed}")
-        where = {"data.dataset": tmp_path / "pairs.csv", "train.base_model": run / "model", "train.out": tmp_path}
-        finetuner.main(as_flags({"task": "blimp", "train.run_name": judged[-1].name, **where}))
-    root, log = tmp_path / "records", read_log(runs[0])
+    made = {"before": 5000, "ours": 3000}
+    for name, shown in made.items():
+        for seed in (1, 2, 3):
+            run, judged = f"{name}-{seed}", f"{name}-judged-{seed}"
+            more = f"--train.max_words {shown} --train.declared_runs 3 --train.seed {seed} --train.log_every 1"
+            trainer.main(flags(counted, tmp_path, run, more))
+            shutil.copytree(word_tokenizer, tmp_path / run / "model", dirs_exist_ok=True)
+            where = {"data.dataset": tmp_path / "pairs.csv", "train.base_model": tmp_path / run / "model"}
+            where |= {"train.out": tmp_path, "train.run_name": judged}
+            finetuner.main(as_flags({"task": "blimp", **where}))
+    root, log, judgement = tmp_path / "records", read_log(tmp_path / run), read_log(tmp_path / judged)
     shutil.copytree(archive, root)
     shutil.copy(archive.parent / "README.md", tmp_path)
     tracks, data = json.loads((root / "tracks.json").read_text()), log.named("data")
+    fixed = {name: data[name] for name in ("hash", "validation", "text")}
     tracks["tiny-blimp"] = tracks["tiny"] | {
         "target": {"metric": "blimp", "value": 1.0},
-        "data": {"hash": data["hash"], "tokenizer_sha256": data["tokenizer"], "validation": data["validation"]},
+        "race": "flops",
+        "limits": {"epochs": 10, "words": 5000},
+        "data": {**fixed, "tokenizer_sha256": data["tokenizer"]},
         "judged_by": {
             "settings": {"protocol": "default"},
-            "splits": {"test": read_log(judged[0]).named("result", "splits", "blimp", "test")},
+            "splits": {"test": judgement.named("result", "splits", "blimp", "test")},
         },
+        "hardware": {},
     }
     (root / "tracks.json").write_text(json.dumps(tracks))
-    said = {"track": "tiny-blimp", "name": "judged", "contributors": ["a"], "what": "A test."}
-    said["date"] = max(read_log(run).named("environment", "started") for run in runs)[:10]
-    with pytest.raises(InputError, match="0 runs of finetuner.py --task blimp on its model"):
-        submit(root, runs, dict(said), judged[:2])
-    submit(root, runs, said, judged)
+    for name in made:
+        runs = [tmp_path / f"{name}-{seed}" for seed in (1, 2, 3)]
+        judged = [tmp_path / f"{name}-judged-{seed}" for seed in (1, 2, 3)]
+        said = {"track": "tiny-blimp", "name": name, "contributors": ["a"], "what": "A test."}
+        said["date"] = max(read_log(run).named("environment", "started") for run in runs)[:10]
+        with pytest.raises(InputError, match="0 runs of finetuner.py --task blimp on its model"):
+            submit(root, runs, dict(said), judged[:2])
+        submit(root, runs, said, judged)
     return root
 
 
@@ -543,7 +626,7 @@ def blimp_archive(archive, counted, word_tokenizer, tmp_path_factory) -> Path:
 def by_blimp(blimp_archive, tmp_path) -> Path:
     shutil.copytree(blimp_archive, tmp_path / "records")
     shutil.copy(blimp_archive.parent / "README.md", tmp_path)
-    return next((tmp_path / "records" / "tiny-blimp").glob("*_judged"))
+    return next((tmp_path / "records" / "tiny-blimp").glob("*_ours"))
 
 
 def test_a_record_by_blimp(by_blimp):
@@ -553,6 +636,32 @@ def test_a_record_by_blimp(by_blimp):
     measured = json.loads((by_blimp / "record.json").read_text())["measured"]
     assert measured["blimp"] == pytest.approx(100 * sum(results) / 3) and measured["mnli_matched"] is None
     assert "finetuned_by" not in measured and [len(log.lines) for log in logs] == [1, 1, 1]
+    before = json.loads(next(by_blimp.parent.glob("*_before/record.json")).read_text())["measured"]
+    assert measured["gain"] == pytest.approx(before["flops"] / measured["flops"]) and measured["p_gain"] < 0.01
+    update(by_blimp.parents[1], check=False)
+    row = f"{measured['flops']:.2e} ({measured['gain']:.1f} times as cheap)"
+    assert row in (readme := (by_blimp.parents[2] / "README.md").read_text())
+    assert f"| BLiMP {measured['blimp']:.1f} |" in readme
+
+
+def test_a_cheaper_run_may_be_of_another_machine(by_blimp):
+    for folder in ("logs", "finetuned"):
+        for number in (1, 2, 3):
+            change(by_blimp / folder / f"{number}.txt", in_section("environment", "machine", "another"))
+    assert verify(by_blimp) == []
+
+
+@pytest.mark.parametrize("limit,value", (("words", 2000), ("epochs", 0.1)))
+def test_more_text_than_the_track_allows(by_blimp, limit, value):
+    change_track(by_blimp, limits={limit: value})
+    assert any(problem.endswith(f"{limit}, the track allows {value}") for problem in verify(by_blimp))
+
+
+def test_not_cheaper(by_blimp):
+    before = next(by_blimp.parent.glob("*_before"))
+    for log in (*before.glob("logs/*.txt"), *before.glob("finetuned/*.txt")):
+        shutil.copy(log, by_blimp / log.relative_to(before))
+    assert any("not cheaper than" in problem for problem in verify(by_blimp))
 
 
 @pytest.mark.parametrize(
@@ -600,6 +709,39 @@ def test_submit_refuses_and_leaves_nothing(archive, runs):
 def test_declared_runs_have_their_seeds(corpus, tmp_path):
     with pytest.raises(InputError, match="their seeds are 1 to 3"):
         trainer.main(flags(corpus, tmp_path, "fourth", "--train.seed", 4, "--train.declared_runs", 3))
+
+
+def test_a_closed_track_is_history(archive, record, runs):
+    """Its records stand, in the table's last place; a new one is refused, by submit and by verify."""
+    root, said = record.parents[1], {"track": "tiny", "name": "late", "contributors": ["a"], "what": "Nothing."}
+    said["date"] = read_log(runs[0]).named("environment", "started")[:10]
+    change_track(record, closed={"on": "9999-12-31", "why": "Nobody else has its data."})
+    tracks = json.loads((root / "tracks.json").read_text())
+    open_too = {name: value for name, value in tracks["tiny"].items() if name != "closed"}
+    (root / "tracks.json").write_text(json.dumps(tracks | {"open": open_too}))
+    shutil.copytree(root / "tiny", root / "open")
+    assert verify(record) == []
+    update(root, check=False)
+    text = (root.parent / "README.md").read_text()
+    assert text.index("**open**") < text.index("**tiny**: for tests.")
+    assert "Closed since 9999-12-31, kept as history: Nobody else has its data." in text
+    change_track(record, closed={"on": said["date"], "why": "Nobody else has its data."})
+    with pytest.raises(InputError, match=r"^track tiny is closed since [\d-]+: Nobody else has its data\.$"):
+        submit(root, runs, dict(said))
+    assert verify(record) == [
+        f"{record / 'record.json'}: track tiny is closed since {said['date']}: Nobody else has its data."
+    ]
+
+
+def test_a_track_of_which_something_is_unknown_is_not_open(record, runs):
+    log = read_log(runs[0])
+    said = {"track": "tiny", "name": "early", "date": log.named("environment", "started")[:10]}
+    said |= {"contributors": ["a"], "what": "Nothing."}
+    splits = {"test": {"examples": 7, "fingerprint": None}}
+    for unknown in ({"target": None}, {"data": {"hash": None}}, {"judged_by": {"settings": {}, "splits": splits}}):
+        change_track(record, why="Not downloaded.", **unknown)
+        with pytest.raises(InputError, match="^track tiny is not open yet: Not downloaded.$"):
+            submit(record.parents[1], runs, dict(said))
 
 
 # --- tables and pictures
