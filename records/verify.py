@@ -557,8 +557,9 @@ def check_better(record: Record, track: dict, before: Record, measured: dict) ->
         yield f"{at(theirs[0], 'config')}: not the settings of {beaten}: {different}"
     if record.paired and track["race"] == "score":
         yield from check_paired_finetuned(record, track, before)
+    finetuned = [*their_finetuned, *record.finetuned] if track["race"] == "score" else []
     if track["race"] != "flops":
-        yield from check_machine([*theirs, *their_finetuned, *record.logs, *record.finetuned], record.logs[0])
+        yield from check_machine([*theirs, *record.logs, *finetuned], record.logs[0])
     race = RACES[track["race"]]
     if len(theirs) < track["min_runs"]:
         yield f"{record.path}: {len(theirs)} runs of the record before; the track asks for {track['min_runs']}"

@@ -37,7 +37,7 @@ from records.leaderboard import BEGIN, END, duration, matches, update
 from records.log import LOG_LINE, WHOLE_LAST_LAYER, log_line, read_log, split_code
 from records.plot import draw, series
 from records.submit import extract, submit
-from records.verify import check_run, check_track, expected_steps, verify
+from records.verify import METRICS, RACES, check_run, check_track, expected_steps, refusal, verify
 
 SHORT = {"steps": 8, "valid_every": 4, "log_every": 2, "save_every": 0, "declared_runs": 3}
 
@@ -689,6 +689,18 @@ def test_tracks_ask_for_what_their_protocol_does():
         train = finetuner.FinetuneConfig(**settings["train"])
         chosen = [finetuner.choose_rates(train, protocol, kbert) for kbert in (True, False)]
         assert {train.optimizer: train.lr for train in chosen} == asked["lr"]
+
+
+def test_every_track_stands_in_the_rules():
+    tracks = json.loads((ROOT / "records" / "tracks.json").read_text())
+    rules = (ROOT / "records" / "README.md").read_text()
+    for name, track in tracks.items():
+        target = track["target"] or {"metric": "val_loss"}
+        assert f"`{name}`" in rules and track["race"] in RACES and target["metric"] in ("val_loss", *METRICS)
+        limits = {"epochs", "words"} if "text" in track["data"] else set()
+        assert set(track.get("limits", {})) <= limits | {"minutes"}
+        said = re.search(rf"\| `{name}` \(not open yet\) \|", rules) is not None
+        assert said == ("not open yet" in (refusal(track, "2026-01-01") or "") and "closed" not in track)
 
 
 # --- submitting
