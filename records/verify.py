@@ -178,7 +178,7 @@ def check_end(log: Log) -> Iterator[str]:
         "tokens": (result["work"]["tokens"], 0),
         "flops": (result["flops"], 1e-6 * result["flops"]),
     }
-    if end.words is not None:
+    if end.words is not None and "text" in log.named("data"):  # which the first logs with words lack
         said["words"] = (text * log.named("data", "text", "words_per_token"), 0.51)
     for name, (value, tolerance) in said.items():
         if getattr(end, name) is None or abs(getattr(end, name) - value) > tolerance:
