@@ -691,6 +691,13 @@ def test_tracks_ask_for_what_their_protocol_does():
         assert {train.optimizer: train.lr for train in chosen} == asked["lr"]
 
 
+def test_the_sample_s_finetuning_is_that_of_its_track():
+    asked = json.loads((ROOT / "records" / "tracks.json").read_text())["sample-pairs-cpu"]["judged_by"]["settings"]
+    settings = finetuner.read_flags(["--preset", "micro"])[0]
+    given = settings["train"] | settings["data"] | settings
+    assert {name: given[name] for name in asked} == asked
+
+
 def test_every_track_stands_in_the_rules():
     tracks = json.loads((ROOT / "records" / "tracks.json").read_text())
     rules = (ROOT / "records" / "README.md").read_text()
