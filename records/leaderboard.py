@@ -60,6 +60,11 @@ PUBLISHED = {
     "DeBERTa-v3-base": Published(2e21, 2e21, 184, 90.6, 88.1, f"He et al. 2021; {TOKENS}"),
 }
 
+NOT_ENTERED = (
+    "Not entered: LTG-BERT (Samuel et al. 2023, arXiv 2303.09859) and GPT-BERT (Charpentier and Samuel 2024, arXiv",
+    "2410.24159), whose tables could not be looked up when this was written.",
+)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 
@@ -179,23 +184,38 @@ def draw_history(axis, track: dict, records: list[Record]) -> None:
     axis.margins(x=0.25, y=0.2)
 
 
-def draw_pareto(axis, score: str, records: dict[str, list[Record]]) -> None:
-    """A score, "mnli" or "glue", against pretraining FLOPs, and the front that nothing beats."""
-    points, names = [], []
+def draw_published(axes, records: dict[str, list[Record]]) -> list[tuple]:
+    """Published encoders and records, by both scores. Returns what spread_names was given."""
+    panels = [(axis, *draw_pareto(axis, score, records)) for axis, score in zip(axes, ("mnli", "glue"))]
+    axes[0].figure.canvas.draw()  # places and sizes in pixels are known from here on
+    for panel in panels:
+        spread_names(*panel)
+    return panels
+
+
+def draw_pareto(axis, score: str, records: dict[str, list[Record]]) -> tuple[list, list, list]:
+    """A score, "mnli" or "glue", against pretraining FLOPs, and the front that nothing beats.
+
+    Returns what spread_names takes, once all of the figure is drawn.
+    """
+    points, names, lines = [], [], []
     for name, model in PUBLISHED.items():
         if (value := getattr(model, score)) is None:
             continue
         flops = math.sqrt(model.low * model.high)
         points.append((flops, value))
-        names.append(axis.text(*points[-1], name, fontsize=7))
+        names.append(axis.text(*points[-1], name, fontsize=7, in_layout=False))
         reach = [[flops - model.low], [model.high - flops]]
         axis.errorbar(*points[-1], xerr=reach, fmt="o", color=COLORS[1], ms=4, lw=1)
+        lines.append([(model.low, value), (model.high, value)])
     for record in itertools.chain(*records.values()):
         m = record.said["measured"]
         if score == "mnli" and m["mnli_matched"] is not None:
             points.append((m["flops"], m["mnli_matched"]))
-            names.append(axis.text(*points[-1], record.said["name"], fontsize=7, color=COLORS[0]))
+            name = record.said["name"]
+            names.append(axis.text(*points[-1], name, fontsize=7, color=COLORS[0], in_layout=False))
             axis.plot(*points[-1], "*", color=COLORS[0], ms=10)
+            lines.append([points[-1]] * 2)
     front: list[tuple[float, float]] = []
     for flops, value in sorted(points):
         if not front or value > front[-1][1]:
@@ -205,25 +225,37 @@ def draw_pareto(axis, score: str, records: dict[str, list[Record]]) -> None:
     axis.set(ylabel={"mnli": "MNLI-m, accuracy on dev (%)", "glue": "GLUE, mean over tasks on dev (%)"}[score])
     axis.margins(x=0.2, y=0.1)
     axis.legend(frameon=False, fontsize=8)
-    spread_names(axis, names, points)
+    for (left, low), (right, high) in itertools.pairwise(front):
+        lines += [[(left, low), (right, low)], [(right, low), (right, high)]]
+    return names, points, lines
 
 
-def spread_names(axis, names: list, points: list[tuple[float, float]]) -> None:
-    """Puts each name beside its point, where it covers neither a point nor another name."""
-    axis.figure.canvas.draw()  # texts have a size from now on
-    at = axis.transData.transform(points)  # [points, 2] pixels
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in at]
-    for name, (x, y) in sorted(zip(names, at), key=lambda pair: -pair[1][1]):
-        box = name.get_window_extent()
-        places = [(x + dx - box.width * left, y + dy) for dy in (4, -16, 16, -28, 28, -40, 40) for dx, left in SIDES]
-        boxes = [(left, low, left + box.width, low + box.height) for left, low in places]
-        free = (box for box in boxes if not any(overlap(box, other) for other in taken))
-        chosen = next(free, boxes[0])
-        taken.append(chosen)
-        name.set_position(axis.transData.inverted().transform(chosen[:2]))
+def spread_names(axis, names: list, points: list[tuple[float, float]], lines: list[list[tuple[float, float]]]) -> None:
+    """Puts each name near its point, where it covers no line and no other name; a far one is tied to its point.
+
+    lines: all that a name must not lie on, level or upright, from end to end.
+    """
+    back = axis.transData.inverted().transform
+    at, (left, low, right, high) = axis.transData.transform(points), axis.get_window_extent().extents
+    ends = [axis.transData.transform(line) for line in lines]  # pixels
+    taken = [(*(line.min(axis=0) - CLEAR), *(line.max(axis=0) + CLEAR)) for line in ends]
+    taken.append(axis.get_legend().get_window_extent().extents)
+    moves = sorted(itertools.product(range(-100, 101, 5), repeat=2), key=lambda move: math.hypot(*move))
+    for name, (x, y) in sorted(zip(names, at), key=lambda pair: -pair[1][0]):
+        extent = name.get_window_extent()
+        width, height = extent.width, extent.height
+        corners = [(x + dx - width * (dx < 0), y + dy - height / 2) for dx, dy in moves]
+        boxes = [(x0, y0, x0 + width, y0 + height) for x0, y0 in corners]
+        boxes = [box for box in boxes if left < box[0] and box[2] < right and low < box[1] and box[3] < high]
+        box = next((box for box in boxes if not any(overlap(box, other) for other in taken)), boxes[0])
+        taken.append(box)
+        name.set_position(back(box[:2]))
+        nearest = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
+        if math.dist(nearest, (x, y)) > 2 * CLEAR:
+            axis.plot(*back([(x, y), nearest]).T, color="#999999", lw=0.6, zorder=0)
 
 
-SIDES = ((8, 0), (-8, 1))  # right and left of a point: pixels, and how much of the name's width
+CLEAR = 6  # pixels between a name and what it must not cover
 
 
 def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
@@ -242,6 +274,7 @@ def published_table() -> str:
         flops = f"{model.low:.1e}" if model.low == model.high else f"{model.low:.1e} to {model.high:.1e}"
         mnli, glue = ("-" if score is None else f"{score:.1f}" for score in (model.mnli, model.glue))
         lines.append(f"| {name} | {model.parameters} | {flops} | {mnli} | {glue} | {model.source} |")
+    lines += ["", *NOT_ENTERED]
     return "\n".join(lines) + "\n"
 
 
@@ -280,11 +313,7 @@ def pictures(tracks: dict[str, dict], records: dict[str, list[Record]]) -> Itera
     """File name, hash of its source, number of panels, and what draws them."""
     measured = [record.said["measured"] for record in itertools.chain(*records.values())]
 
-    def draw_published(axes):
-        for axis, score in zip(axes, ("mnli", "glue")):
-            draw_pareto(axis, score, records)
-
-    yield "pareto.png", source_hash(measured), 2, draw_published
+    yield "pareto.png", source_hash(measured), 2, lambda axes: draw_published(axes, records)
     for name, track in tracks.items():
         if not (mine := records[name]):
             continue

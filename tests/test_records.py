@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import pyplot
+from matplotlib.transforms import Bbox
 from transformers import AutoTokenizer
 
 import finetuner
@@ -33,9 +35,9 @@ from conftest import (
 )
 from dataloading import InputError, sha256_of
 from records.baseline import modernbert
-from records.leaderboard import BEGIN, END, duration, matches, update
+from records.leaderboard import BEGIN, END, draw_published, duration, matches, update
 from records.log import LOG_LINE, WHOLE_LAST_LAYER, log_line, read_log, split_code
-from records.plot import draw, series
+from records.plot import draw, figure, series
 from records.submit import extract, submit
 from records.verify import METRICS, RACES, check_run, check_track, expected_steps, refusal, verify
 
@@ -797,6 +799,21 @@ def test_leaderboard(archive, record):
 )
 def test_durations_carry_over(seconds, said):
     assert duration(seconds) == said
+
+
+def test_no_name_in_the_picture_lies_on_a_point_a_line_or_another_name(tmp_path):
+    drawn, axes = figure(range(2))
+    panels = draw_published(axes, {})
+    drawn.savefig(tmp_path / "pareto.png")  # which lays it out for good
+    for axis, names, points, lines in panels:
+        boxes, inside = [name.get_window_extent() for name in names], axis.get_window_extent()
+        assert len(boxes) == len(points) > 10
+        assert all(inside.contains(*corner) for box in boxes for corner in box.corners())
+        others = [Bbox(axis.transData.transform(line)).padded(3) for line in lines]
+        others += [axis.get_legend().get_window_extent()]
+        for number, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in (*others, *boxes[:number])), names[number]
+    pyplot.close(drawn)
 
 
 def test_committed_tables_are_fresh():
