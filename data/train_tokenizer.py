@@ -126,8 +126,8 @@ def read_texts(stream, sizes: list[float], args: argparse.Namespace, part=0, par
     """Yields (texts, position after them) of one part of the work; blank texts are no documents.
 
     Files are read side by side, in up to 16 lanes and in proportion to their sizes: every shard then holds text of all
-    files, which a loader that shuffles within shards can mix. Where lines are joined, each file has a lane of its own, so
-    many lanes are read before the next, and the position holds the lines of the document that a file has begun.
+    files, which a loader that shuffles within shards can mix. Where lines are joined, each file has a lane of its own,
+    as many of these are read as lanes else before the next, and the position holds the lines of the document begun.
     """
     share_files = stream.num_shards % parts == 0
     if share_files:
