@@ -585,7 +585,7 @@ def check_machine(logs: Sequence[Log], first: Log) -> Iterator[str]:
             if there.get(name) != here.get(name):
                 yield (
                     f"{at(log, 'environment')}: {name} is {there.get(name)!r}, not {here.get(name)!r}: "
-                    "what is timed or compared is made on one machine (paired/)"
+                    "timed or compared runs are made on one machine (paired/)"
                 )
 
 
