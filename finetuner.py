@@ -552,14 +552,18 @@ def evaluate(net: Network, data: Data, splits: list[str], process: Process) -> t
     return metrics, predictions
 
 
-def judge(net: Network, data: Data, process: Process) -> tuple[dict, dict]:
-    """A run of a task that trains nothing: returns what Training.run does."""
+def judge(net: Network, data: Data, process: Process, log: RunLog | None, label: str) -> tuple[dict, dict]:
+    """A run of a task that trains nothing: returns what Training.run does, and leaves one line in the log."""
     net.warm_up(training=False)
     clock = Clock(process.device)
     clock.start()
     metrics, predictions = evaluate(net, data, data.labelled, process)
     clock.stop()
-    said = {"score": dev_score(metrics, data), "best_step": 0, "steps": 0, "seconds": clock.seconds}
+    score, seconds = dev_score(metrics, data), clock.seconds
+    if log:
+        line = log_line(0, 0, seconds, label, dev_score=score)
+        log.step(line, True, run=label.strip(), step=0, seconds=seconds, dev_score=score)
+    said = {"score": score, "best_step": 0, "steps": 0, "seconds": seconds}
     return {**said, "metrics": metrics}, predictions
 
 
@@ -817,7 +821,7 @@ class TaskRuns:
             said, predictions = Training(self.net, data, cell, process, self.log, label).run()
         else:
             self.load(model)
-            said, predictions = judge(self.net, data, process)
+            said, predictions = judge(self.net, data, process, self.log, label)
         run = {"start": start, "settings": settings, **said}
         process.on_main(lambda: self.keep(run, predictions))
         self.done.append(run)

@@ -968,6 +968,7 @@ class Run:
             "tokenizer": self.manifest["tokenizer"]["sha256"],
             "vocab_size": self.config.vocab_size,
             "validation": self.validation,
+            "text": {"tokens": self.epoch_text, "words_per_token": self.words_per_token},  # of an epoch
         }
         machine = environment(process.device, process.world_size)
         self.log.open(self.argv, self.resolved(), {**machine, **measured}, data, self.code)

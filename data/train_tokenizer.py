@@ -119,17 +119,20 @@ def open_source(args: argparse.Namespace):
     return stream.select_columns(args.text_field).with_format("arrow"), sizes, source
 
 
+LANES = 16  # files that are open at once
+
+
 def read_texts(stream, sizes: list[float], args: argparse.Namespace, part=0, parts=1, position=None):
     """Yields (texts, position after them) of one part of the work; blank texts are no documents.
 
     Files are read side by side, in up to 16 lanes and in proportion to their sizes: every shard then holds text of all
     files, which a loader that shuffles within shards can mix. Where lines are joined, each file has a lane of its own,
-    and the position holds the lines of the document that it has begun.
+    as many of these are read as lanes else before the next, and the position holds the lines of the document begun.
     """
     share_files = stream.num_shards % parts == 0
     if share_files:
         stream, sizes = stream.shard(parts, part, contiguous=False), sizes[part::parts]
-    num_lanes = stream.num_shards if args.join_lines else min(16, stream.num_shards)
+    num_lanes = stream.num_shards if args.join_lines else min(LANES, stream.num_shards)
     lanes = [stream.shard(num_lanes, i, contiguous=False) for i in range(num_lanes)]
     weights = [sum(sizes[i::num_lanes]) or 1 for i in range(num_lanes)]
     position = position or [{"state": None, "characters": 0, "ended": False, "lines": []} for _ in lanes]
@@ -139,7 +142,8 @@ def read_texts(stream, sizes: list[float], args: argparse.Namespace, part=0, par
     tables = [lane.iter(batch_size=500) for lane in lanes]
     texts, characters = [], 0
     while open_lanes := [i for i in range(num_lanes) if not position[i]["ended"]]:
-        i = min(open_lanes, key=lambda i: position[i]["characters"] / weights[i])
+        together = [i for i in open_lanes if i // LANES == open_lanes[0] // LANES]
+        i = min(together, key=lambda i: position[i]["characters"] / weights[i])
         with reading("the next texts"):
             table = next(tables[i], None)
         position[i]["ended"] = table is None

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataloading import InputError
 from records.log import Log
 from records.plot import COLORS, figure
-from records.verify import RECORDS, Record, read_records, read_tracks
+from records.verify import RACES, RECORDS, Record, read_records, read_tracks
 
 BEGIN, END = "<!-- records: written by records/leaderboard.py -->", "<!-- end of records -->"
 
@@ -60,6 +60,11 @@ PUBLISHED = {
     "DeBERTa-v3-base": Published(2e21, 2e21, 184, 90.6, 88.1, f"He et al. 2021; {TOKENS}"),
 }
 
+NOT_ENTERED = (
+    "Not entered: LTG-BERT (Samuel et al. 2023, arXiv 2303.09859) and GPT-BERT (Charpentier and Samuel 2024, arXiv",
+    "2410.24159), whose tables could not be looked up when this was written.",
+)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 
@@ -82,42 +87,56 @@ def matches(mnli: float | None) -> str:
 
 
 COLUMNS = ("#", "what", "~matches", "parameters", "time", "FLOPs", "hardware", "validation loss", "test loss")
-COLUMNS += ("MNLI m / mm", "log", "contributors")
+COLUMNS += ("score", "log", "contributors")
 
 
-def row(number: int, record: Record, folder: str) -> tuple[str, ...]:
-    """A record's cells, of COLUMNS."""
-    said, m = record.said, record.said["measured"]
-    faster = f" ({m['speedup']:.1f} times as fast)" if "speedup" in m else ""
+def row(number: int, record: Record, track: dict, folder: str) -> tuple[str, ...]:
+    """A record's cells, of COLUMNS. What it gained over the record before stands where it is raced."""
+    said, m, race = record.said, record.said["measured"], RACES[track["race"]]
+    gained = f" ({m[race.gain]:.1f} {race.by.rsplit(' ', 1)[0]})" if race.gain in m else ""
+    cells = {"seconds": duration(m.get("seconds_in_all", m["seconds"])), "flops": f"{m['flops']:.2e}"}
+    cells["score"] = score_of(m)
+    cells[track["race"]] += gained
     return (
         str(number),
         f"[{said['name']}]({folder})",
         matches(m["mnli_matched"]),
         f"{m['parameters'] / 1e6:.1f}M",
-        duration(m["seconds"]) + faster,
-        f"{m['flops']:.2e}",
+        cells["seconds"],
+        cells["flops"],
         m["hardware"],
         f"{m['val_loss']:.4f} (n = {m['n']})",
         "-" if m["test_loss"] is None else f"{m['test_loss']:.4f}",
-        "-" if m["mnli_matched"] is None else f"{m['mnli_matched']:.1f} / {m['mnli_mismatched']:.1f}",
+        cells["score"],
         f"[logs]({folder}/logs)",
         ", ".join(said["contributors"]),
     )
 
 
+def score_of(measured: dict) -> str:
+    """Accuracies of the tracks that are judged by them."""
+    if measured["mnli_matched"] is not None:
+        return f"MNLI {measured['mnli_matched']:.1f} / {measured['mnli_mismatched']:.1f}"
+    scores = [(name, measured.get(metric)) for metric, name in (("blimp", "BLiMP"), ("pairs", "pairs"))]
+    return ", ".join(f"{name} {score:.1f}" for name, score in scores if score is not None) or "-"
+
+
 def table(root: Path, tracks: dict[str, dict], records: dict[str, list[Record]]) -> str:
-    """A table for each track that has records, and its picture."""
+    """A table for each track that has records, and its picture; closed ones, which are history, at the end."""
     parts = []
-    for name, track in tracks.items():
+    for name, track in sorted(tracks.items(), key=lambda item: "closed" in item[1]):
         if not records[name]:
             continue
-        target = track["target"]
-        parts.append(f"**{name}**: {track['title']}. Target: {target['metric']} {target['value']}.\n")
+        target, closed = track["target"], track.get("closed")
+        history = f" Closed since {closed['on']}, kept as history: {closed['why']}" if closed else ""
+        parts.append(f"**{name}**: {track['title']}. Target: {target['metric']} {target['value']}.{history}\n")
         parts += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
         for number, record in enumerate(records[name], 1):
-            cells = row(number, record, record.path.relative_to(root.parent).as_posix())
+            cells = row(number, record, track, record.path.relative_to(root.parent).as_posix())
             parts.append(f"| {' | '.join(cells)} |")
-        parts.append(f"\n![{name}: seconds of each record, and loss against seconds](records/figures/{name}.png)\n")
+        parts.append(
+            f"\n![{name}: {track['race']} of each record, and loss against seconds](records/figures/{name}.png)\n"
+        )
     return "\n".join(parts) or "No record yet."
 
 
@@ -151,34 +170,52 @@ def write_name(axis, name: str, place: tuple[float, float], offset: tuple[int, i
     axis.annotate(name, place, xytext=offset, textcoords="offset points", **style)
 
 
-def draw_history(axis, records: list[Record]) -> None:
-    """Seconds of each record, the oldest first."""
-    seconds = [record.said["measured"]["seconds"] for record in records]
-    axis.plot(range(len(records)), seconds, "o-", color=COLORS[0], drawstyle="steps-post")
-    for place, record in zip(enumerate(seconds), records):
+def draw_history(axis, track: dict, records: list[Record]) -> None:
+    """What each record is compared by, the oldest first."""
+    metric = track["target"]["metric"]
+    key = metric if track["race"] == "score" else track["race"]
+    values = [record.said["measured"][key] for record in records]
+    axis.plot(range(len(records)), values, "o-", color=COLORS[0], drawstyle="steps-post")
+    for place, record in zip(enumerate(values), records):
         write_name(axis, record.said["name"], place, (4, 6), fontsize=8)
-    axis.set(xlabel="record", ylabel="time to target (seconds, logarithmic)", yscale="log")
+    label = {"seconds": "time to target (seconds, logarithmic)", "flops": "FLOPs to target (logarithmic)"}
+    axis.set(xlabel="record", ylabel=label.get(key, f"{metric} (%)"), yscale="linear" if key == metric else "log")
     axis.set_xticks(range(len(records)), [record.said["date"] for record in records], fontsize=8)
     axis.margins(x=0.25, y=0.2)
 
 
-def draw_pareto(axis, score: str, records: dict[str, list[Record]]) -> None:
-    """A score, "mnli" or "glue", against pretraining FLOPs, and the front that nothing beats."""
-    points, names = [], []
+def draw_published(axes, records: dict[str, list[Record]]) -> list[tuple]:
+    """Published encoders and records, by both scores. Returns what spread_names was given."""
+    panels = [(axis, *draw_pareto(axis, score, records)) for axis, score in zip(axes, ("mnli", "glue"))]
+    axes[0].figure.canvas.draw()  # places and sizes in pixels are known from here on
+    for panel in panels:
+        spread_names(*panel)
+    return panels
+
+
+def draw_pareto(axis, score: str, records: dict[str, list[Record]]) -> tuple[list, list, list]:
+    """A score, "mnli" or "glue", against pretraining FLOPs, and the front that nothing beats.
+
+    Returns what spread_names takes, once all of the figure is drawn.
+    """
+    points, names, lines = [], [], []
     for name, model in PUBLISHED.items():
         if (value := getattr(model, score)) is None:
             continue
         flops = math.sqrt(model.low * model.high)
         points.append((flops, value))
-        names.append(axis.text(*points[-1], name, fontsize=7))
+        names.append(axis.text(*points[-1], name, fontsize=7, in_layout=False))
         reach = [[flops - model.low], [model.high - flops]]
         axis.errorbar(*points[-1], xerr=reach, fmt="o", color=COLORS[1], ms=4, lw=1)
+        lines.append([(model.low, value), (model.high, value)])
     for record in itertools.chain(*records.values()):
         m = record.said["measured"]
         if score == "mnli" and m["mnli_matched"] is not None:
             points.append((m["flops"], m["mnli_matched"]))
-            names.append(axis.text(*points[-1], record.said["name"], fontsize=7, color=COLORS[0]))
+            name = record.said["name"]
+            names.append(axis.text(*points[-1], name, fontsize=7, color=COLORS[0], in_layout=False))
             axis.plot(*points[-1], "*", color=COLORS[0], ms=10)
+            lines.append([points[-1]] * 2)
     front: list[tuple[float, float]] = []
     for flops, value in sorted(points):
         if not front or value > front[-1][1]:
@@ -188,25 +225,37 @@ def draw_pareto(axis, score: str, records: dict[str, list[Record]]) -> None:
     axis.set(ylabel={"mnli": "MNLI-m, accuracy on dev (%)", "glue": "GLUE, mean over tasks on dev (%)"}[score])
     axis.margins(x=0.2, y=0.1)
     axis.legend(frameon=False, fontsize=8)
-    spread_names(axis, names, points)
+    for (left, low), (right, high) in itertools.pairwise(front):
+        lines += [[(left, low), (right, low)], [(right, low), (right, high)]]
+    return names, points, lines
 
 
-def spread_names(axis, names: list, points: list[tuple[float, float]]) -> None:
-    """Puts each name beside its point, where it covers neither a point nor another name."""
-    axis.figure.canvas.draw()  # texts have a size from now on
-    at = axis.transData.transform(points)  # [points, 2] pixels
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in at]
-    for name, (x, y) in sorted(zip(names, at), key=lambda pair: -pair[1][1]):
-        box = name.get_window_extent()
-        places = [(x + dx - box.width * left, y + dy) for dy in (4, -16, 16, -28, 28, -40, 40) for dx, left in SIDES]
-        boxes = [(left, low, left + box.width, low + box.height) for left, low in places]
-        free = (box for box in boxes if not any(overlap(box, other) for other in taken))
-        chosen = next(free, boxes[0])
-        taken.append(chosen)
-        name.set_position(axis.transData.inverted().transform(chosen[:2]))
+def spread_names(axis, names: list, points: list[tuple[float, float]], lines: list[list[tuple[float, float]]]) -> None:
+    """Puts each name near its point, where it covers no line and no other name; a far one is tied to its point.
+
+    lines: all that a name must not lie on, level or upright, from end to end.
+    """
+    back = axis.transData.inverted().transform
+    at, (left, low, right, high) = axis.transData.transform(points), axis.get_window_extent().extents
+    ends = [axis.transData.transform(line) for line in lines]  # pixels
+    taken = [(*(line.min(axis=0) - CLEAR), *(line.max(axis=0) + CLEAR)) for line in ends]
+    taken.append(axis.get_legend().get_window_extent().extents)
+    moves = sorted(itertools.product(range(-100, 101, 5), repeat=2), key=lambda move: math.hypot(*move))
+    for name, (x, y) in sorted(zip(names, at), key=lambda pair: -pair[1][0]):
+        extent = name.get_window_extent()
+        width, height = extent.width, extent.height
+        corners = [(x + dx - width * (dx < 0), y + dy - height / 2) for dx, dy in moves]
+        boxes = [(x0, y0, x0 + width, y0 + height) for x0, y0 in corners]
+        boxes = [box for box in boxes if left < box[0] and box[2] < right and low < box[1] and box[3] < high]
+        box = next((box for box in boxes if not any(overlap(box, other) for other in taken)), boxes[0])
+        taken.append(box)
+        name.set_position(back(box[:2]))
+        nearest = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
+        if math.dist(nearest, (x, y)) > 2 * CLEAR:
+            axis.plot(*back([(x, y), nearest]).T, color="#999999", lw=0.6, zorder=0)
 
 
-SIDES = ((8, 0), (-8, 1))  # right and left of a point: pixels, and how much of the name's width
+CLEAR = 6  # pixels between a name and what it must not cover
 
 
 def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
@@ -225,6 +274,7 @@ def published_table() -> str:
         flops = f"{model.low:.1e}" if model.low == model.high else f"{model.low:.1e} to {model.high:.1e}"
         mnli, glue = ("-" if score is None else f"{score:.1f}" for score in (model.mnli, model.glue))
         lines.append(f"| {name} | {model.parameters} | {flops} | {mnli} | {glue} | {model.source} |")
+    lines += ["", *NOT_ENTERED]
     return "\n".join(lines) + "\n"
 
 
@@ -263,11 +313,7 @@ def pictures(tracks: dict[str, dict], records: dict[str, list[Record]]) -> Itera
     """File name, hash of its source, number of panels, and what draws them."""
     measured = [record.said["measured"] for record in itertools.chain(*records.values())]
 
-    def draw_published(axes):
-        for axis, score in zip(axes, ("mnli", "glue")):
-            draw_pareto(axis, score, records)
-
-    yield "pareto.png", source_hash(measured), 2, draw_published
+    yield "pareto.png", source_hash(measured), 2, lambda axes: draw_published(axes, records)
     for name, track in tracks.items():
         if not (mine := records[name]):
             continue
@@ -275,7 +321,7 @@ def pictures(tracks: dict[str, dict], records: dict[str, list[Record]]) -> Itera
 
         def draw(axes, track=track, mine=mine, runs=runs):
             draw_losses(axes[0], track, runs)
-            draw_history(axes[1], mine)
+            draw_history(axes[1], track, mine)
 
         said = [(record.said, [log.text for log in record.logs]) for record in mine]
         yield f"{name}.png", source_hash(track, said), 2, draw
@@ -284,7 +330,7 @@ def pictures(tracks: dict[str, dict], records: dict[str, list[Record]]) -> Itera
 def update(root: Path, check: bool) -> list[Path]:
     """Returns what was stale and, unless only checked, has been written anew."""
     tracks = read_tracks(root)
-    records = {name: read_records(root / name) for name in tracks}
+    records = {name: read_records(root / name, track) for name, track in tracks.items()}
     readme, stale = root.parent / "README.md", []
     texts = {
         readme: with_table(readme.read_text(encoding="utf-8"), table(root, tracks, records)),

@@ -331,6 +331,7 @@ class Line:
     dev_score: float | None = None
     step_avg: float | None = None  # seconds
     tokens: int | None = None
+    words: int | None = None
     flops: float | None = None
     mfu: float | None = None
     lr: float | None = None
@@ -366,7 +367,7 @@ class Log:
 def read_line(number: int, match: re.Match) -> Line:
     said = {name: value for name, value in match.groupdict().items() if value is not None}
     numbers = {name: float(said[name]) for name in Line.__dataclass_fields__ if name in said}
-    numbers |= {name: int(said[name]) for name in ("step", "tokens", "run") if name in said}
+    numbers |= {name: int(said[name]) for name in ("step", "tokens", "words", "run") if name in said}
     if "step_avg" in said:
         numbers["step_avg"] /= 1000
     return Line(number, seconds=float(said["train_time"]) / 1000, **numbers)

@@ -4,8 +4,10 @@
         --what "Heads of 32 instead of 64." [--paired logs/BEFORE1 ...] [--finetuned logs/MNLI1 ...]
     python records/submit.py --extract records/TRACK/DATE_NAME --out DIR
 
---paired: runs of the record before, with its own code, on the machine of these runs; not needed when that record's own
-logs were made there. --extract lays that code out to run again (records/README.md says how).
+--finetuned: runs of finetuner.py on these runs' models, one of each, where the track is judged by them. --paired: runs
+of the record before, with its own code, on the machine of these runs (--paired-finetuned: their finetunings, where the
+score is raced); not needed when that record's own logs were made there, nor where FLOPs are raced. --extract lays that
+code out to run again (records/README.md says how).
 """
 
 from __future__ import annotations
@@ -24,14 +26,16 @@ from dataloading import InputError
 from records.leaderboard import draw_runs
 from records.log import read_log
 from records.verify import (
+    FOLDERS,
+    RACES,
     RECORDS,
     Record,
     check_code,
     check_record,
     measure,
-    paired_logs,
     read_records,
     read_tracks,
+    refusal,
     with_logs,
 )
 
@@ -44,7 +48,7 @@ PAGE = """# {name}
 | {n} | {millions:.1f}M | {seconds:.1f} s ± {seconds_std:.1f} | {flops:.3e} | {val_loss:.4f} ± {val_loss_std:.4f} \
 | {target} | {p} |
 
-{hardware}, track [{track}](../../README.md). {against}
+{hardware}, track [{track}](../../README.md). {score}{against}
 
 ![Loss against seconds](curve.png)
 
@@ -56,59 +60,62 @@ Logs: {links}. The first holds the code that ran. Command of the first run:
 """
 
 
-def write_logs(into: Path, said: dict, runs: Sequence[Path], finetuned: Sequence[Path], paired: Sequence[Path]) -> None:
-    """The first log as the run wrote it, the others without the code that it keeps for all."""
-    for folder, paths in (("logs", runs), ("finetuned", finetuned), ("paired", paired)):
+def write_logs(into: Path, said: dict, *runs: Sequence[Path]) -> None:
+    """runs: those of each of FOLDERS. The first log as the run wrote it, the others without the code that it keeps."""
+    for folder, paths in zip(FOLDERS, runs):
         for number, path in enumerate(paths, 1):
             log, target = read_log(path), into / folder / f"{number}.txt"
             target.parent.mkdir(parents=True, exist_ok=True)
             whole = folder == "logs" and number == 1
             target.write_bytes(log.path.read_bytes() if whole else log.text.encode())
-    said["logs"] = [f"logs/{number}.txt" for number in range(1, len(runs) + 1)]
+    said["logs"] = [f"logs/{number}.txt" for number in range(1, len(runs[0]) + 1)]
 
 
 def page(record: Record, track: dict, before: Record | None) -> str:
     said, measured = record.said, record.said["measured"]
-    against = "The first of its track."
+    metric, against = track["target"]["metric"], "The first of its track."
     if before:
         link = f"[{before.said['name']}](../{before.path.name})"
-        test = f"(Welch's t-test, p = {measured['p_faster']:.1e})"
-        against = f"{measured['speedup']:.2f} times as fast as {link} on the same machine {test}."
+        race, where = RACES[track["race"]], "" if track["race"] == "flops" else " on the same machine"
+        test = f"(Welch's t-test, p = {measured[race.p]:.1e})"
+        against = f"{measured[race.gain]:.2f} {race.by} {link}{where} {test}."
     return PAGE.format(
         **said,
         **measured,
         millions=measured["parameters"] / 1e6,
         against=against,
         command=record.logs[0].sections["command"].strip(),
-        target=f"{track['target']['metric']} {track['target']['value']}",
+        target=f"{metric} {track['target']['value']}",
+        score="" if metric == "val_loss" else f"Score ({metric}): {measured[metric]:.2f}. ",
         p="waived" if said.get("systems_only") else f"{measured['p_target']:.1e}",
         links=", ".join(f"[{number}]({name})" for number, name in enumerate(said["logs"], 1)),
     )
 
 
-def submit(
-    root: Path, runs: Sequence[Path], said: dict, finetuned: Sequence[Path] = (), paired: Sequence[Path] = ()
-) -> Path:
-    """Returns the record's folder. Raises InputError, and leaves nothing behind, when the verifier would refuse it."""
+def submit(root: Path, runs: Sequence[Path], said: dict, *others: Sequence[Path]) -> Path:
+    """Returns the record's folder. Raises InputError, and leaves nothing behind, when the verifier would refuse it.
+
+    others: runs of the rest of FOLDERS, in its order, as far as there are any.
+    """
     tracks = read_tracks(root)
     if said["track"] not in tracks:
         raise InputError(f"track {said['track']!r} is not declared: choose from {', '.join(tracks)}")
     track = tracks[said["track"]]
-    if track["target"] is None:
-        raise InputError(f"track {said['track']} is not open yet: {track['why']}")
+    if why := refusal(track, said["date"]):
+        raise InputError(f"track {said['track']} {why}")
     folder = root / said["track"] / f"{said['date']}_{said['name']}"
     if folder.exists():
         raise InputError(f"{folder} is there already: choose another --name")
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        write_logs(temporary, said, runs, finetuned, paired)
+        write_logs(temporary, said, runs, *others)
         record = with_logs(temporary, said)
-        before = next(reversed(read_records(root / said["track"])), None)
+        before = next(reversed(read_records(root / said["track"], track)), None)
         if before:
             said["beats"] = before.path.name
         said["declared_runs"] = record.logs[0].named("config", "train", "declared_runs") or 0
-        said["measured"] = measure(record, track["target"], paired_logs(record, before))
+        said["measured"] = measure(record, track, before)
         (temporary / "record.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
         drawn = {said["name"]: record.logs} | ({before.said["name"]: before.logs} if before else {})
         draw_runs(temporary / "curve.png", track, drawn)
@@ -147,8 +154,10 @@ def main() -> None:
     add("--name", help="a few words with dashes")
     add("--contributors", nargs="+", help="who did it")
     add("--what", help="what is new, in a sentence or two")
-    add("--finetuned", type=Path, nargs="+", default=[], metavar="RUN", help="MNLI finetunings of these runs")
+    add("--finetuned", type=Path, nargs="+", default=[], metavar="RUN", help="finetuner.py on the models of these runs")
     add("--paired", type=Path, nargs="+", default=[], metavar="RUN", help="runs of the record before on this machine")
+    again = "finetunings of those of --paired"
+    add("--paired-finetuned", type=Path, nargs="+", default=[], metavar="RUN", help=again)
     add("--systems-only", metavar="WHY", help="nothing that the loss depends on has changed: waives its test")
     add("--extract", type=Path, metavar="RECORD", help="lay out the code of a record, or of a run, in --out")
     add("--out", type=Path, metavar="DIR", help="folder for --extract")
@@ -169,7 +178,8 @@ def main() -> None:
     said["date"] = max(str(read_log(run).named("environment", "started")) for run in arguments.runs)[:10]
     if arguments.systems_only:
         said["systems_only"] = arguments.systems_only
-    folder = submit(RECORDS, arguments.runs, said, arguments.finetuned, arguments.paired)
+    others = arguments.finetuned, arguments.paired, arguments.paired_finetuned
+    folder = submit(RECORDS, arguments.runs, said, *others)
     print(f"written: {folder}\nnow run: python records/leaderboard.py")
 
 

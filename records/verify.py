@@ -6,8 +6,9 @@
 Prints what is wrong, one line each with file and line, and exits with 1; or says what it checked, and exits with 0.
 
 A record's folder: record.json (who and what, and `measured`, all that follows from the logs), logs/ (one for each
-declared run; the first keeps the code that ran), finetuned/ (logs of finetunings of these runs, if any), paired/ (runs
-of the record before on this record's machine, unless its own logs were made there), README.md and curve.png.
+declared run; the first keeps the code that ran), finetuned/ (logs of finetuner.py on these runs' models, if the track
+asks for them), paired/ and paired_finetuned/ (those of the record before on this record's machine, unless its own were
+made there), README.md and curve.png.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from scipy.stats import ttest_1samp, ttest_ind
 
@@ -37,8 +39,31 @@ SIGNIFICANCE = 0.01  # of both tests: loss below target, time below the record b
 MOST_BYTES = 2_000_000  # of a record
 SAME_EVERYWHERE = ("device", "threads", "torch", "cuda", "driver", "world_size")
 FREE_BETWEEN_RUNS = ("seed", "run_name", "out", "hf_model_name", "wandb_project", "resume")
+METRICS = {  # what finetuner.py measures of a run's model: task and split, whose accuracy counts
+    "mnli_matched": ("mnli", "validation_matched"),
+    "mnli_mismatched": ("mnli", "validation_mismatched"),
+    "blimp": ("blimp", "test"),
+    "pairs": ("pairs", "validation"),
+}
+FOLDERS = ("logs", "finetuned", "paired", "paired_finetuned")  # of a record
 FREE_BETWEEN_MACHINES = (*FREE_BETWEEN_RUNS, "dir", "declared_runs")
 FINETUNED_BY = ("protocol", "optimizer", "lr", "weight_decay", "epochs", "batch_size", "lr_schedule", "seeds")
+
+
+class Race(NamedTuple):
+    """What a track's records are compared by."""
+
+    gain: str  # over the record before, by its name in record.json
+    p: str  # of Welch's test, likewise
+    better: str
+    by: str
+
+
+RACES = {
+    "seconds": Race("speedup", "p_faster", "faster", "times as fast as"),
+    "flops": Race("gain", "p_gain", "cheaper", "times as cheap as"),
+    "score": Race("gain", "p_gain", "better", "points above"),
+}
 
 
 def read_tracks(root: Path) -> dict[str, dict]:
@@ -97,9 +122,11 @@ def check_lines(log: Log) -> Iterator[str]:
             yield f"{log.path}: no {kind} after step {missing[0]}{others}"
         if extra := sorted(step for step, times in found.items() if times > 1 or step not in expected):
             yield f"{log.path}: a {kind} too many, after step {extra[0]}"
+    growing = ["step", "seconds", "tokens", "flops"] + ["words"] * (log.lines[-1].words is not None)
     for before, line in itertools.pairwise(log.lines):
-        for name in ("step", "seconds", "tokens", "flops"):
-            if getattr(line, name) is None or getattr(line, name) < getattr(before, name):
+        for name in growing:
+            earlier, later = getattr(before, name), getattr(line, name)
+            if earlier is None or later is None or later < earlier:
                 yield f"{log.path}:{line.number}: {name} does not grow"
 
 
@@ -114,15 +141,36 @@ def check_averages(log: Log) -> Iterator[str]:
             yield f"{log.path}:{line.number}: mfu is not flops / train_time / peak_flops"
 
 
+def step_tokens(log: Log) -> int:
+    """Tokens that a step has at most, padding included."""
+    train = log.named("config", "train")
+    if train["grad_accum"] is None:
+        return train["batch_tokens"]
+    return train["grad_accum"] * train["row_tokens"] * log.named("environment", "world_size")
+
+
+def most_text(log: Log) -> float:
+    """Tokens of text that --train.epochs and --train.max_words allow, counted as trainer.py does."""
+    train = log.named("config", "train")
+    epochs, words = train.get("epochs"), train.get("max_words")  # logs from before there were such ends have neither
+    most = math.inf if epochs is None else epochs * log.named("data", "text", "tokens")
+    return most if words is None else min(most, words / log.named("data", "text", "words_per_token"))
+
+
 def check_end(log: Log) -> Iterator[str]:
     """It ended as configured, with the numbers of its last line."""
     train, result, end = log.named("config", "train"), log.named("result"), log.lines[-1]
-    steps, seconds = result["step"], result["seconds"]
+    steps, seconds, text = result["step"], result["seconds"], result["work"].get("text", 0)
     minutes, longest_step = train["max_minutes"], 3 * seconds / max(1, steps)
-    if minutes is None and steps != train["steps"]:
-        yield f"{at(log, 'result')}: {steps} steps of the {train['steps']} configured"
-    if minutes is not None and not 0 <= seconds - 60 * minutes <= longest_step:
-        yield f"{at(log, 'result')}: it ended after {seconds:.1f} s, not with its {minutes} minutes"
+    place, most = at(log, "result"), most_text(log)
+    by_clock = minutes is not None and seconds >= 60 * minutes
+    by_text = most - step_tokens(log) <= text
+    if minutes is None and math.isinf(most) and steps != train["steps"]:
+        yield f"{place}: {steps} steps of the {train['steps']} configured"
+    if minutes is not None and (seconds > 60 * minutes + longest_step or not (by_clock or by_text)):
+        yield f"{place}: it ended after {seconds:.1f} s, not with its {minutes} minutes"
+    if text > most or not (math.isinf(most) or by_clock or by_text):
+        yield f"{place}: it ended after {text} tokens of text; its epochs and words allow {most:.0f}, less one step"
     said = {  # and how far the line is rounded
         "step": (steps, 0),
         "seconds": (seconds, 6e-4),
@@ -130,6 +178,8 @@ def check_end(log: Log) -> Iterator[str]:
         "tokens": (result["work"]["tokens"], 0),
         "flops": (result["flops"], 1e-6 * result["flops"]),
     }
+    if end.words is not None and "text" in log.named("data"):  # which the first logs with words lack
+        said["words"] = (text * log.named("data", "text", "words_per_token"), 0.51)
     for name, (value, tolerance) in said.items():
         if getattr(end, name) is None or abs(getattr(end, name) - value) > tolerance:
             yield f"{log.path}:{end.number}: the last line's {name} is not that of the result"
@@ -156,11 +206,7 @@ def check_work(log: Log) -> Iterator[str]:
         if not math.isclose(flops, result["flops"], rel_tol=1e-9):
             yield f"{place}: FLOPs {result['flops']:.6e} do not follow from the configuration, which gives {flops:.6e}"
 
-    if train["grad_accum"] is None:
-        step_tokens = train["batch_tokens"]
-    else:
-        step_tokens = train["grad_accum"] * train["row_tokens"] * log.named("environment", "world_size")
-    most_tokens = result["step"] * step_tokens
+    most_tokens = result["step"] * step_tokens(log)
     rounding = 16 * most_tokens / train["row_tokens"]  # a row's masks are a multiple of 16
     rates = ("replace_rate",) if detection else ("mask_rate_start", "mask_rate_end")
     low_rate, *_, high_rate = sorted([train[name] for name in rates] * 2)
@@ -171,6 +217,8 @@ def check_work(log: Log) -> Iterator[str]:
         "local_pairs": (work.tokens, min(work.global_pairs, work.tokens * (window + 1))),
         "masked": (0.9 * low_rate * work.tokens - rounding, high_rate * most_tokens + rounding),
     }
+    if "text" in result["work"]:  # every window has two special tokens, and one of text at least
+        bounds["text"] = (work.tokens / 3, work.tokens - 2 * work.tokens / longest)
     for name, (low, high) in bounds.items():
         if not low <= getattr(work, name) <= high:
             yield f"{place}: work.{name} is {getattr(work, name)}, outside {low:.0f} to {high:.0f}"
@@ -187,11 +235,12 @@ class Record:
     logs: list[Log]
     finetuned: list[Log]
     paired: list[Log]
+    paired_finetuned: list[Log]
 
-    @property
-    def order(self) -> tuple[str, float]:
-        """By date; of one day the slower first."""
-        return self.said["date"], -self.said["measured"]["seconds"]
+    def order(self, track: dict) -> tuple[str, float]:
+        """By date; of one day the slower, costlier or worse first."""
+        race, measured = track["race"], self.said["measured"]
+        return self.said["date"], measured[track["target"]["metric"]] if race == "score" else -measured[race]
 
 
 def read_record(path: Path) -> Record:
@@ -209,18 +258,45 @@ def with_logs(path: Path, said: dict) -> Record:
     def read(folder: str) -> list[Log]:
         return [read_log(log) for log in sorted((path / folder).glob("*.txt"), key=lambda log: (len(log.name), log))]
 
-    return Record(path, said, read("logs"), read("finetuned"), read("paired"))
+    return Record(path, said, *map(read, FOLDERS))
 
 
-def read_records(folder: Path) -> list[Record]:
+def read_records(folder: Path, track: dict) -> list[Record]:
     """A track's records, the oldest first."""
-    return sorted((read_record(path.parent) for path in folder.glob("*/record.json")), key=lambda record: record.order)
+    records = [read_record(path.parent) for path in folder.glob("*/record.json")]
+    return sorted(records, key=lambda record: record.order(track))
 
 
-def mnli_scores(log: Log) -> dict[str, float]:
-    """Accuracy on both parts, in percent, median over the finetuning's seeds."""
-    splits = log.named("result", "results", "mnli", "pretrained")
-    return {part: 100 * splits[f"validation_{part}"]["accuracy"]["median"] for part in ("matched", "mismatched")}
+def accuracy(log: Log, metric: str) -> float:
+    """In percent, the median over a finetuning's seeds; for BLiMP the mean over paradigms."""
+    task, split = METRICS[metric]
+    return 100 * log.named("result", "results", task, "pretrained", split, "accuracy", "median")
+
+
+def judged(logs: Sequence[Log], finetuned: Sequence[Log], metric: str) -> list[float]:
+    """Accuracy of each run's model that was judged by it."""
+    task, _ = METRICS[metric]
+    found = [log for log in finetuned if task in log.named("result", "results")]
+    scores = {log.named("data", "base_sha256"): accuracy(log, metric) for log in found}
+    models = [log.named("result", "model_sha256") for log in logs]
+    return [scores[model] for model in models if model in scores]
+
+
+def raced(logs: Sequence[Log], finetuned: Sequence[Log], track: dict) -> list[float]:
+    """What the track's records are compared by, of each run."""
+    if track["race"] == "score":
+        return judged(logs, finetuned, track["target"]["metric"])
+    return [log.named("result", track["race"]) for log in logs]
+
+
+def seconds_in_all(logs: Sequence[Log], finetuned: Sequence[Log]) -> list[float]:
+    """Of each run, pretraining and finetuning together, by both logs' clocks; a finetuning counts all that it ran."""
+    tuning = {}
+    for log in finetuned:
+        last = {line.run: line.seconds for line in log.lines}
+        tuning[log.named("data", "base_sha256")] = sum(last.values())
+    results = [log.named("result") for log in logs]
+    return [result["seconds"] + tuning.get(result["model_sha256"], 0.0) for result in results]
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -231,13 +307,12 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def measure(record: Record, target: dict, before: list[Log] | None) -> dict:
-    """All of record.json's `measured`. before: runs of the record before, on the same machine."""
+def measure(record: Record, track: dict, before: Record | None) -> dict:
+    """All of record.json's `measured`. before: the record before."""
+    target = track["target"]
     results = [log.named("result") for log in record.logs]
-    tuned = {log.named("data", "base_sha256"): mnli_scores(log) for log in record.finetuned}
-    mnli = [tuned[result["model_sha256"]] for result in results if result["model_sha256"] in tuned]
     seconds, losses = [result["seconds"] for result in results], [result["val_loss"] for result in results]
-    matched = [score["matched"] for score in mnli]
+    scores = {metric: judged(record.logs, record.finetuned, metric) for metric in METRICS}
     environment = record.logs[0].named("environment")
     threads = f", {environment['threads']} threads" if "threads" in environment else ""
     measured = {
@@ -251,25 +326,29 @@ def measure(record: Record, target: dict, before: list[Log] | None) -> dict:
         "val_loss": mean(losses),
         "val_loss_std": spread(losses),
         "test_loss": mean([result["test_loss"] for result in results if result["test_loss"] is not None]),
-        "mnli_matched": mean(matched),
-        "mnli_mismatched": mean([score["mismatched"] for score in mnli]),
+        **{metric: mean(values) for metric, values in scores.items()},
         "p_target": None,
     }
-    if record.finetuned:
+    if any(line.train_loss for log in record.finetuned for line in log.lines):
         settings = settings_of(record.finetuned[0])
         measured["finetuned_by"] = {name: settings.get(name) for name in FINETUNED_BY}
-    scores, better = (losses, "less") if target["metric"] == "val_loss" else (matched, "greater")
-    if len(scores) > 1:
-        measured["p_target"] = float(ttest_1samp(scores, target["value"], alternative=better).pvalue)
+    by, better = (losses, "less") if target["metric"] == "val_loss" else (scores[target["metric"]], "greater")
+    if len(by) > 1:
+        measured["p_target"] = float(ttest_1samp(by, target["value"], alternative=better).pvalue)
+    if "minutes" in track.get("limits", {}):
+        measured["seconds_in_all"] = mean(seconds_in_all(record.logs, record.finetuned))
     if before:
-        theirs = [log.named("result", "seconds") for log in before]
-        measured["speedup"] = mean(theirs) / mean(seconds)
-        measured["p_faster"] = float(ttest_ind(seconds, theirs, equal_var=False, alternative="less").pvalue)
+        ours, theirs = raced(record.logs, record.finetuned, track), raced(*rivals(record, before), track)
+        race, by_score = RACES[track["race"]], track["race"] == "score"
+        measured[race.gain] = mean(ours) - mean(theirs) if by_score else mean(theirs) / mean(ours)
+        better = "greater" if by_score else "less"
+        measured[race.p] = float(ttest_ind(ours, theirs, equal_var=False, alternative=better).pvalue)
     return measured
 
 
-def paired_logs(record: Record, before: Record | None) -> list[Log] | None:
-    return (record.paired or before.logs) if before else None
+def rivals(record: Record, before: Record) -> tuple[list[Log], list[Log]]:
+    """Runs of the record before to compare with, and their finetunings: those made on this record's machine, if any."""
+    return (record.paired, record.paired_finetuned) if record.paired else (before.logs, before.finetuned)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,7 +390,7 @@ def check_together(logs: Sequence[Log], what: str, free: Sequence[str] = FREE_BE
     seen: dict[tuple, Log] = {}
     for log in logs:
         losses = tuple(line.train_loss for line in log.lines if line.train_loss is not None)
-        if losses in seen:
+        if losses and losses in seen:
             yield f"{log.path}: {what}: the same run as {seen[losses].path.name}"
         seen.setdefault(losses, log)
 
@@ -363,6 +442,8 @@ def check_track(log: Log, track: dict) -> Iterator[str]:
     }
     for name in ("tokens", "masked_tokens", "fingerprint"):
         expected["data", "validation", name] = data["validation"][name]
+    if "text" in data:  # what the limits are counted by
+        expected["data", "text"] = data["text"]
     for keys, value in expected.items():
         if log.named(*keys) != value:
             yield f"{at(log, keys[0])}: {'.'.join(keys)} is {log.named(*keys)!r}, the track's is {value!r}"
@@ -380,49 +461,67 @@ def names_device(found: str, device: str) -> bool:
     return re.search(rf"\b{re.escape(device)}\b", found) is not None
 
 
-def check_finetuned(record: Record, track: dict) -> Iterator[str]:
-    """Finetunings are of these runs' models, one of each, by the track's protocol, judged by all of dev-matched."""
-    models = [log.named("result", "model_sha256") for log in record.logs]
-    started_from = [log.named("data", "base_sha256") for log in record.finetuned]
-    if record.finetuned and "finetuning" not in track:
-        yield f"{record.path / 'finetuned'}: the track takes no finetunings"
+def check_limits(record: Record, track: dict) -> Iterator[str]:
+    """No run was shown more text, or took more time on its machine, than the track allows."""
+    limits = track.get("limits", {})
+    if "minutes" in limits:
+        yield from check_machine([*record.logs, *record.finetuned], record.logs[0])
+    for log, seconds in zip(record.logs, seconds_in_all(record.logs, record.finetuned)):
+        spent = {"minutes": seconds / 60}
+        if "text" in track["data"]:
+            text, epoch = log.named("result", "work", "text"), log.named("data", "text")
+            spent |= {"epochs": text / epoch["tokens"], "words": text * epoch["words_per_token"]}
+        for name, most in limits.items():
+            if spent[name] > most:
+                yield f"{at(log, 'result')}: {spent[name]:.6g} {name}, the track allows {most:.6g}"
+
+
+def check_finetuned(logs: Sequence[Log], finetuned: Sequence[Log], track: dict) -> Iterator[str]:
+    """Finetunings, or judgements without training, are of these runs' models, one of each, as the track asks."""
+    models = [log.named("result", "model_sha256") for log in logs]
+    started_from = [log.named("data", "base_sha256") for log in finetuned]
+    if "judged_by" not in track:
+        if finetuned:
+            yield f"{finetuned[0].path.parent}: the track takes no finetunings"
         return
-    if track["target"]["metric"] != "val_loss" or record.finetuned:
-        for log, model in zip(record.logs, models):
-            if (number := started_from.count(model)) != 1:
-                yield f"{log.path}: {number} MNLI finetunings of this run: give one of each (--finetuned)"
-    for log, base in zip(record.finetuned, started_from):
+    task, _ = METRICS[track["target"]["metric"]]
+    for log, model in zip(logs, models):
+        if (number := started_from.count(model)) != 1:
+            yield f"{log.path}: {number} runs of finetuner.py --task {task} on its model: give one (--finetuned)"
+    for log, base in zip(finetuned, started_from):
         if base not in models:
             yield f"{at(log, 'data')}: it started from another model than these runs'"
         yield from check_seal(log)
-        asked = track["finetuning"]
-        yield from check_protocol(log, asked)
-        if (judged_by := log.named("result", "splits", "mnli", "validation_matched")) != asked["validation_matched"]:
-            yield (
-                f"{at(log, 'result')}: validation_matched is {judged_by}, the track's is {asked['validation_matched']}"
-            )
-        last = {line.run: line.dev_score for line in log.lines if line.dev_score is not None}
-        if abs(100 * statistics.median(last.values()) - mnli_scores(log)["matched"]) > 0.006:
-            yield f"{at(log, 'result')}: the result is not the median of the runs' last dev_score"
-    if record.finetuned:
-        yield from check_together(record.finetuned, "a finetuning of this record", (*FREE_BETWEEN_RUNS, "base_model"))
+        yield from check_judged_by(log, track)
+    if finetuned:
+        yield from check_together(finetuned, "a finetuning", (*FREE_BETWEEN_RUNS, "base_model"))
 
 
-def check_protocol(log: Log, asked: dict) -> Iterator[str]:
-    """The track's settings, and the rate that it has for the optimizer; what it does not name is free."""
-    found = settings_of(log)
-    expected = {"protocol": asked["protocol"], **asked["settings"], "lr": asked["lr"].get(found["optimizer"])}
+def check_judged_by(log: Log, track: dict) -> Iterator[str]:
+    """The track's settings and, of each optimizer, its rate; its examples; the result is that of the lines."""
+    metric, asked, found = track["target"]["metric"], track["judged_by"], settings_of(log)
+    expected = dict(asked["settings"])
+    if "lr" in asked:
+        expected["lr"] = asked["lr"].get(found["optimizer"])
     different = [
         f"{name} {found.get(name)} in place of {value}" for name, value in expected.items() if found.get(name) != value
     ]
     if different:
         yield f"{at(log, 'config')}: not the track's finetuning, but with {', '.join(different)}"
+    for split, examples in asked["splits"].items():
+        if (judged_by := log.named("result", "splits", METRICS[metric][0], split)) != examples:
+            yield f"{at(log, 'result')}: {split} is {judged_by}, the track's is {examples}"
+    starts = 2 if found["compare_random"] else 1  # of which the second is from random weights
+    last = {line.run: line.dev_score for line in log.lines if line.dev_score is not None}
+    scores = [score for run, score in last.items() if (run - 1) % starts == 0]
+    if not scores or abs(100 * statistics.median(scores) - accuracy(log, metric)) > 0.006:
+        yield f"{at(log, 'result')}: the result is not the median of the runs' last dev_score"
 
 
 def check_claim(record: Record, track: dict, before: Record | None) -> Iterator[str]:
-    """Target met, and faster than the record before on one machine; record.json says what the logs give."""
+    """Target met, and better than the record before; record.json says what the logs give."""
     place, said, target = record.path / "record.json", record.said, track["target"]
-    measured = measure(record, target, paired_logs(record, before))
+    measured = measure(record, track, before)
     for name in {**measured, **said["measured"]}:
         ours, theirs = measured.get(name), said["measured"].get(name)
         numbers = isinstance(ours, float) and isinstance(theirs, int | float)
@@ -430,20 +529,22 @@ def check_claim(record: Record, track: dict, before: Record | None) -> Iterator[
             yield f"{place}: measured.{name} is {theirs!r}, the logs give {ours!r}"
     p = measured["p_target"]
     if said.get("systems_only"):
-        if before is None or not measured["val_loss"] <= target["value"]:
-            yield f"{place}: systems_only needs a record before it, and a mean loss that meets the target"
+        met = target["metric"] == "val_loss" and measured["val_loss"] <= target["value"]
+        if before is None or track["race"] != "seconds" or not met:
+            yield f"{place}: systems_only needs a record to be faster than, and a mean loss that meets the target"
     elif p is None or not p < SIGNIFICANCE:
         yield (
             f"{place}: {target['metric']} does not meet the target {target['value']} "
             f"(p = {p}, asked for: below {SIGNIFICANCE})"
         )
     if before:
-        yield from check_faster(record, track, before, measured)
+        yield from check_better(record, track, before, measured)
 
 
-def check_faster(record: Record, track: dict, before: Record, measured: dict) -> Iterator[str]:
-    """Than the record before, run by its own code on the same machine."""
-    place, beaten, theirs = record.path / "record.json", before.path.name, paired_logs(record, before)
+def check_better(record: Record, track: dict, before: Record, measured: dict) -> Iterator[str]:
+    """Than the record before, by its own code; of seconds, or a score after some time, on the same machine."""
+    place, beaten = record.path / "record.json", before.path.name
+    theirs, their_finetuned = rivals(record, before)
     if record.said.get("beats") != beaten:
         yield f"{place}: beats is {record.said.get('beats')!r}; the record before is {beaten}"
     yield from check_together(theirs, "a run of the record before")
@@ -454,22 +555,47 @@ def check_faster(record: Record, track: dict, before: Record, measured: dict) ->
     ran, ran_before = (settings_of(log, FREE_BETWEEN_MACHINES) for log in (theirs[0], before.logs[0]))
     if different := differing(ran, ran_before):
         yield f"{at(theirs[0], 'config')}: not the settings of {beaten}: {different}"
-    here = record.logs[0].named("environment")
-    for log in [*theirs, *record.logs]:
+    if record.paired and track["race"] == "score":
+        yield from check_paired_finetuned(record, track, before)
+    finetuned = [*their_finetuned, *record.finetuned] if track["race"] == "score" else []
+    if track["race"] != "flops":
+        yield from check_machine([*theirs, *record.logs, *finetuned], record.logs[0])
+    race = RACES[track["race"]]
+    if len(theirs) < track["min_runs"]:
+        yield f"{record.path}: {len(theirs)} runs of the record before; the track asks for {track['min_runs']}"
+    elif not measured[race.p] < SIGNIFICANCE:
+        gained = f"{measured[race.gain]:.3f} {race.by} it, p = {measured[race.p]:.4f}"
+        yield f"{place}: not {race.better} than {beaten} ({gained}, asked for: below {SIGNIFICANCE})"
+
+
+def check_paired_finetuned(record: Record, track: dict, before: Record) -> Iterator[str]:
+    """The record before, finetuned again as it was."""
+    yield from check_finetuned(record.paired, record.paired_finetuned, track)
+    free = (*FREE_BETWEEN_MACHINES, "base_model", "dataset")
+    for log, other in zip(record.paired_finetuned, before.finetuned):
+        if log.hashes != other.hashes or settings_of(log, free) != settings_of(other, free):
+            yield f"{log.path}: not the code, or not the settings, of the finetunings of {before.path.name}"
+
+
+def check_machine(logs: Sequence[Log], first: Log) -> Iterator[str]:
+    here = first.named("environment")
+    for log in logs:
         there = log.named("environment")
         for name in (*SAME_EVERYWHERE, "machine"):
             if there.get(name) != here.get(name):
                 yield (
                     f"{at(log, 'environment')}: {name} is {there.get(name)!r}, not {here.get(name)!r}: "
-                    "compared runs are made on one machine (paired/)"
+                    "timed or compared runs are made on one machine (paired/)"
                 )
-    if len(theirs) < track["min_runs"]:
-        yield f"{record.path}: {len(theirs)} runs of the record before; the track asks for {track['min_runs']}"
-    elif not measured["p_faster"] < SIGNIFICANCE:
-        yield (
-            f"{place}: not faster than {beaten} ({measured['speedup']:.3f} times, p = {measured['p_faster']:.4f}, "
-            f"asked for: below {SIGNIFICANCE})"
-        )
+
+
+def refusal(track: dict, date: str) -> str | None:
+    """Why a track takes no record of that day, None where it takes one."""
+    if "closed" in track and date >= track["closed"]["on"]:
+        return f"is closed since {track['closed']['on']}: {track['closed']['why']}"
+    splits = track.get("judged_by", {}).get("splits", {})
+    known = [track["target"], *track["data"].values(), *(split["fingerprint"] for split in splits.values())]
+    return f"is not open yet: {track['why']}" if None in known else None
 
 
 def check_record(record: Record, tracks: dict[str, dict], before: Record | None) -> Iterator[str]:
@@ -478,8 +604,8 @@ def check_record(record: Record, tracks: dict[str, dict], before: Record | None)
     track = tracks.get(name)
     if track is None or record.path.parent.name != name:
         yield f"{place}: track {name!r} is not declared in tracks.json, or not the folder's"
-    elif track["target"] is None or track["data"]["hash"] is None:
-        yield f"{place}: track {name} is not open yet: {track['why']}"
+    elif why := refusal(track, record.said["date"]):
+        yield f"{place}: track {name} {why}"
     elif not record.logs:
         yield f"{record.path / 'logs'}: no logs"
     else:
@@ -490,17 +616,20 @@ def check_record(record: Record, tracks: dict[str, dict], before: Record | None)
             yield from check_run(log)
             yield from check_track(log, track)
         yield from check_together(record.logs, "a run of this record")
-        yield from check_finetuned(record, track)
+        yield from check_finetuned(record.logs, record.finetuned, track)
+        yield from check_limits(record, track)
         yield from check_claim(record, track, before)
 
 
 def verify(path: Path) -> list[str]:
     """What is wrong with a record."""
     try:
-        record, path = read_record(path), path.resolve()
-        earlier = [other for other in read_records(path.parent) if other.path != path and other.order < record.order]
-        before = earlier[-1] if earlier else None
-        return list(dict.fromkeys(check_record(record, read_tracks(path.parents[1]), before)))
+        record, folder = read_record(path), path.resolve().parent
+        tracks, earlier = read_tracks(folder.parent), []
+        if track := tracks.get(folder.name):
+            order = record.order(track)
+            earlier = [other for other in read_records(folder, track) if other.order(track) < order]
+        return list(dict.fromkeys(check_record(record, tracks, earlier[-1] if earlier else None)))
     except InputError as error:
         return [str(error)]
     except (KeyError, TypeError) as error:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Before torch is imported: threads that spin make a shared machine 20 times slower.
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 import trainer
-from dataloading import sha256_of, write_manifest, write_shard
+from dataloading import read_manifest, sha256_of, write_manifest, write_shard
 from model import KBERTConfig, KBERTForMaskedLM
 from records.log import LOG_LINE
 
@@ -77,6 +78,18 @@ def corpus(tmp_path_factory) -> Path:
         tmp_path_factory.mktemp("corpus"),
         {"train": [sentences(1, 300), sentences(2, 200)], "valid": [sentences(3, 60)], "test": [sentences(4, 40)]},
     )
+
+
+@pytest.fixture(scope="session")
+def counted(tmp_path_factory) -> Path:
+    """Shards whose documents have half as many words as tokens."""
+    shards = {"train": [sentences(1, 300)], "valid": [sentences(3, 60)]}
+    directory = write_documents(tmp_path_factory.mktemp("counted"), shards)
+    manifest = read_manifest(directory)
+    for entry in manifest["shards"].values():
+        entry["words"] = (entry["tokens"] - 2 * entry["documents"]) // 2
+    write_manifest(directory, manifest)
+    return directory
 
 
 @pytest.fixture(scope="session")
@@ -209,6 +222,22 @@ def losses(run: Path, kind: str) -> dict[int, float]:
 def metrics_of(run: Path, kind: str = "train_loss") -> list[dict]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [metrics for metrics in found if kind in metrics]
+
+
+def in_section(section: str, name: str, value) -> Callable[[str], str]:
+    """Sets a value, however deep, in a section of JSON."""
+
+    def edit(text: str) -> str:
+        start = text.index(f"=== {section}\n") + len(f"=== {section}\n")
+        end = text.index("\n", start)
+        said, *keys = json.loads(text[start:end]), *name.split(".")
+        inner = said
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        return text[:start] + json.dumps(said) + text[end:]
+
+    return edit
 
 
 def story(run: Path) -> tuple[str, list[dict], dict]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
 
 import trainer
-from conftest import ROOT, TINY_SHAPE, as_flags, flags, lines, metrics_of, run_python, sentences, story, write_documents
-from dataloading import InputError, count_text, data_hash, read_manifest, write_manifest
+from conftest import ROOT, TINY_SHAPE, as_flags, flags, in_section, lines, metrics_of, run_python, story
+from dataloading import InputError, count_text, data_hash, read_manifest
 from hub_stand_in import Hub
+from records.log import read_log
+from records.verify import check_run
 
 SET = "BabyLM-community/BabyLM-2026-Strict-Small"
 FILES = ("bnc_spoken", "childes", "gutenberg", "open_subtitles", "simple_wiki", "switchboard")
@@ -79,17 +82,6 @@ def test_from_six_files_to_a_model_with_its_branches(tmp_path):
     assert 0.97 * 2 * tokens < int(lines(tmp_path / "run")[-1]["words"]) / words_per_token <= 2 * tokens
 
 
-@pytest.fixture
-def counted(tmp_path) -> Path:
-    """Shards whose documents have half as many words as tokens."""
-    directory = write_documents(tmp_path / "data", {"train": [sentences(1, 300)], "valid": [sentences(3, 60)]})
-    manifest = read_manifest(directory)
-    for entry in manifest["shards"].values():
-        entry["words"] = (entry["tokens"] - 2 * entry["documents"]) // 2
-    write_manifest(directory, manifest)
-    return directory
-
-
 def words_of(run: Path) -> list[int]:
     return [int(line["words"]) for line in lines(run)]
 
@@ -122,6 +114,30 @@ def test_resumed_by_words_as_if_never_stopped(counted, tmp_path):
     trainer.main(flags(counted, tmp_path / "again", "run", more, "--train.resume", first))
     assert models[1].read_bytes() == before == models[0].read_bytes()
     assert story(tmp_path / "again" / "run") == story(tmp_path / "whole" / "run")
+
+
+@pytest.mark.parametrize("ends", ("max_words 8000", "epochs 0.8", "epochs 9 --train.max_minutes 0.02"))
+def test_the_verifier_knows_runs_that_end_by_what_was_shown(counted, tmp_path, ends):
+    trainer.main(flags(counted, tmp_path, "run", f"--train.{ends} --train.log_every 1"))
+    log = tmp_path / "run" / "log.txt"
+    assert list(check_run(read_log(log))) == []
+    whole, text, limit = log.read_text(), read_log(log).named("result", "work", "text"), "its epochs and words allow"
+    for section, name, value, problem in (
+        ("result", "work.text", 99 * text, limit),
+        ("result", "work.text", 99 * text, f"work.text is {99 * text}, outside"),
+        ("result", "work.text", text // 2, "the last line's words is not that of the result"),
+        ("config", "train.epochs", 0.1, limit),
+        ("config", "train.max_words", 500.0, limit),
+        ("data", "text.words_per_token", 0.9, "the last line's words is not that of the result"),
+    ):
+        log.write_text(in_section(section, name, value)(whole))
+        assert any(problem in said for said in check_run(read_log(log))), (name, value)
+    for name in ("epochs", "max_words", "max_minutes"):  # and by none of these before its time
+        log.write_text(whole := in_section("config", f"train.{name}", 1e9)(whole))
+    problems = list(check_run(read_log(log)))
+    assert any(limit in said for said in problems) and any("not with its" in said for said in problems)
+    log.write_text(re.sub(r"(step:2/.* words:)\d", r"\g<1>9", whole))
+    assert any("words does not grow" in said for said in check_run(read_log(log)))
 
 
 def test_words_that_nobody_counted_and_steps_too_large(corpus, counted, tmp_path):

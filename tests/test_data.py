@@ -338,6 +338,22 @@ def test_joining_goes_on_from_any_position(utterances):
         assert [texts for texts, _ in rest] == [texts for texts, _ in whole[number:]]
 
 
+def test_joining_opens_few_files_at_once(tmp_path):
+    for number in range(40):
+        (tmp_path / f"{number:02d}.txt").write_text("".join(f"{number} {line}\n" for line in range(1200)))
+    parser = argparse.ArgumentParser()
+    add_source_flags(parser)
+    args = parser.parse_args(["--files", str(tmp_path / "*.txt"), "--join_lines", "100", "--batch_characters", "1"])
+    stream, sizes, _ = open_source(args)
+    documents, most = [], 0
+    for texts, position in read_texts(stream, sizes, args):
+        documents += texts
+        most = max(most, sum(lane["state"] is not None and not lane["ended"] for lane in position))
+    assert most == 16
+    lines = sorted(tuple(map(int, line.split())) for document in documents for line in document.split("\n"))
+    assert lines == [(number, line) for number in range(40) for line in range(1200)]
+
+
 @pytest.mark.parametrize("kind", ["json", "jsonl.gz", "jsonl.xz", "jsonl.bz2", "txt", "txt.gz", "parquet"])
 def test_file_types(tmp_path, tokenizer, texts, kind):
     texts, path = texts[:50], tmp_path / f"texts.{kind}"

@@ -15,18 +15,32 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import pyplot
+from matplotlib.transforms import Bbox
 from transformers import AutoTokenizer
 
 import finetuner
 import trainer
-from conftest import ROOT, TINY_SHAPE, as_flags, flags, losses, metrics_of, run_python, sentences, write_documents
+from conftest import (
+    ROOT,
+    TINY_SHAPE,
+    as_flags,
+    flags,
+    in_section,
+    losses,
+    metrics_of,
+    run_python,
+    sentences,
+    write_documents,
+)
+from data.tasks import TASKS
 from dataloading import InputError, sha256_of
 from records.baseline import modernbert
-from records.leaderboard import BEGIN, END, duration, matches, update
+from records.leaderboard import BEGIN, END, draw_published, duration, matches, update
 from records.log import LOG_LINE, WHOLE_LAST_LAYER, log_line, read_log, split_code
-from records.plot import draw, series
+from records.plot import draw, figure, series
 from records.submit import extract, submit
-from records.verify import check_run, check_track, expected_steps, verify
+from records.verify import METRICS, RACES, check_run, check_track, expected_steps, refusal, verify
 
 SHORT = {"steps": 8, "valid_every": 4, "log_every": 2, "save_every": 0, "declared_runs": 3}
 
@@ -79,6 +93,7 @@ def archive(runs, tmp_path_factory) -> Path:
         "title": "for tests",
         "why": "",
         "target": {"metric": "val_loss", "value": worst + 0.5},
+        "race": "seconds",
         "min_runs": 3,
         "max_length": 100,
         "data": {"hash": data["hash"], "tokenizer_sha256": data["tokenizer"], "validation": data["validation"]},
@@ -115,20 +130,12 @@ def change_json(path: Path, **values) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def in_section(section: str, name: str, value) -> Callable[[str], str]:
-    """Sets a value, however deep, in a section of JSON."""
-
-    def edit(text: str) -> str:
-        start = text.index(f"=== {section}\n") + len(f"=== {section}\n")
-        end = text.index("\n", start)
-        said, *keys = json.loads(text[start:end]), *name.split(".")
-        inner = said
-        for key in keys[:-1]:
-            inner = inner[key]
-        inner[keys[-1]] = value
-        return text[:start] + json.dumps(said) + text[end:]
-
-    return edit
+def change_track(record: Path, **values) -> None:
+    """Of a record's track, in its copy of tracks.json."""
+    path = record.parents[1] / "tracks.json"
+    tracks = json.loads(path.read_text())
+    tracks[record.parent.name] |= values
+    path.write_text(json.dumps(tracks))
 
 
 # --- a true record
@@ -441,20 +448,19 @@ def mnli_archive(archive, runs, word_tokenizer, tmp_path_factory) -> Path:
     shutil.copytree(archive, root)
     shutil.copy(archive.parent / "README.md", tmp_path)
     tracks = json.loads((root / "tracks.json").read_text())
-    judged_by = read_log(tuned[0]).named("result", "splits", "mnli", "validation_matched")
+    splits = read_log(tuned[0]).named("result", "splits", "mnli")
     tracks["tiny-mnli"] = tracks["tiny"] | {
         "target": {"metric": "mnli_matched", "value": 1.0},
-        "finetuning": {
-            "protocol": "default",
-            "settings": {"epochs": 1.0, "batch_size": 8, "seeds": 3, "lr_schedule": "one_cycle"},
+        "judged_by": {
+            "settings": {"protocol": "default", "epochs": 1.0, "batch_size": 8, "seeds": 3, "lr_schedule": "one_cycle"},
             "lr": {"muon": finetuner.MUON_LR, "adamw": 5e-5},
-            "validation_matched": judged_by,
+            "splits": {name: splits[name] for name in ("train", "validation_matched")},
         },
     }
     (root / "tracks.json").write_text(json.dumps(tracks))
     date = read_log(runs[0]).named("environment", "started")[:10]
     said = {"track": "tiny-mnli", "name": "tuned", "date": date, "contributors": ["a"], "what": "A test."}
-    with pytest.raises(InputError, match="0 MNLI finetunings of this run"):
+    with pytest.raises(InputError, match="0 runs of finetuner.py --task mnli on its model"):
         submit(root, runs, dict(said), tuned[:2])
     submit(root, runs, said, tuned)
     return root
@@ -476,7 +482,10 @@ def test_a_record_by_mnli(by_mnli):
     assert len(scores) == 3 and said["mnli_matched"] == pytest.approx(sum(scores) / 3) and said["p_target"] < 0.01
     root = by_mnli.parents[1]
     assert root / "figures" / "pareto.png" in update(root, check=False)  # with a star of ours
-    assert f"| {said['mnli_matched']:.1f} / {said['mnli_mismatched']:.1f} |" in (root.parent / "README.md").read_text()
+    assert (
+        f"| MNLI {said['mnli_matched']:.1f} / {said['mnli_mismatched']:.1f} |"
+        in (root.parent / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -490,6 +499,7 @@ def test_a_record_by_mnli(by_mnli):
         ("config", "train.lr", 1.0, "other settings than 1.txt: lr"),
         ("data", "base_sha256", "0" * 64, "started from another model"),
         ("result", "splits.mnli.validation_matched.fingerprint", "0", "the track's is"),
+        ("result", "splits.mnli.train.fingerprint", "0", "train is {'examples': 24, 'fingerprint': '0'}, the track's"),
         (
             "result",
             "results.mnli.pretrained.validation_matched.accuracy.median",
@@ -504,17 +514,204 @@ def test_a_forged_finetuning(by_mnli, section, name, value, message):
     assert any(message in problem for problem in verify(by_mnli))
 
 
+# --- a record by its score after a fixed time
+
+
+def scored(text: str, score: float) -> str:
+    """The same finetuning with another result, consistent down to the hash."""
+    text = re.sub(r"dev_score:\S+", f"dev_score:{score:.4f}", text)
+    return sealed(in_section("result", "results.mnli.pretrained.validation_matched.accuracy.median", score)(text))
+
+
+@pytest.fixture
+def by_score(mnli_archive, runs, tmp_path) -> Path:
+    """Of a track that is raced by MNLI within ten minutes of pretraining and finetuning, the second record."""
+    root = tmp_path / "records"
+    shutil.copytree(mnli_archive, root)
+    shutil.copy(mnli_archive.parent / "README.md", tmp_path)
+    tracks = json.loads((root / "tracks.json").read_text())
+    tracks["tiny-score"] = tracks["tiny-mnli"] | {"race": "score", "limits": {"minutes": 10}}
+    (root / "tracks.json").write_text(json.dumps(tracks))
+    tuned = sorted(next((root / "tiny-mnli").glob("*_tuned")).glob("finetuned/*.txt"))
+    said = {"track": "tiny-score", "contributors": ["a"], "what": "A test."}
+    said["date"] = read_log(runs[0]).named("environment", "started")[:10]
+    for name, score in (("before", 0.4), ("ours", 0.6)):
+        for number, log in enumerate(tuned):
+            (tmp_path / f"{name}-{number}.txt").write_text(scored(log.read_text(), score + 0.01 * number))
+        finetuned = [tmp_path / f"{name}-{number}.txt" for number in range(len(tuned))]
+        folder = submit(root, runs, said | {"name": name}, finetuned)
+    return folder
+
+
+def test_a_record_by_score(by_score):
+    assert verify(by_score) == []
+    measured = json.loads((by_score / "record.json").read_text())["measured"]
+    assert measured["gain"] == pytest.approx(20, abs=0.02) and measured["p_gain"] < 0.01
+    tuning = [read_log(log) for log in (by_score / "finetuned").iterdir()]
+    seconds = sum(line.seconds for log in tuning for line in {line.run: line for line in log.lines}.values()) / 3
+    assert seconds > 0 and measured["seconds_in_all"] == pytest.approx(measured["seconds"] + seconds)
+    assert "20.00 points above [before]" in (by_score / "README.md").read_text()
+    change_track(by_score, limits={"minutes": 0.95 * measured["seconds_in_all"] / 60})
+    assert any("minutes, the track allows" in problem for problem in verify(by_score))
+
+
+def test_a_score_that_is_not_better(by_score):
+    for number in (1, 2, 3):
+        change(by_score / "finetuned" / f"{number}.txt", lambda text, n=number: scored(text, 0.4 + 0.011 * (n - 1)))
+    assert any("not better than" in problem for problem in verify(by_score))
+
+
+def test_a_better_score_is_shown_on_one_machine(by_score):
+    for folder in ("logs", "finetuned"):
+        for number in (1, 2, 3):
+            change(by_score / folder / f"{number}.txt", in_section("environment", "machine", "another"))
+    assert any("runs are made on one machine" in problem for problem in verify(by_score))
+    before, other = next(by_score.parent.glob("*_before")), in_section("environment", "machine", "another")
+    for folder, into in (("logs", "paired"), ("finetuned", "paired_finetuned")):
+        (by_score / into).mkdir()
+        for log in (before / folder).iterdir():
+            (by_score / into / log.name).write_text(sealed(other(log.read_text())))
+    assert verify(by_score) == []
+    change(by_score / "paired_finetuned" / "2.txt", in_section("config", "train.pooling", "cls"))
+    assert any("not the code, or not the settings, of the finetunings" in problem for problem in verify(by_score))
+
+
+# --- a record by BLiMP
+
+
+@pytest.fixture(scope="module")
+def blimp_archive(archive, counted, word_tokenizer, tmp_path_factory) -> Path:
+    """records/ with a record of a track whose target is BLiMP, of runs that end by the words shown."""
+    tmp_path, rng = tmp_path_factory.mktemp("blimp"), np.random.default_rng(0)
+    words = [word for word in AutoTokenizer.from_pretrained(word_tokenizer).get_vocab() if word[0] != "["]
+    pairs = [[" ".join(rng.choice(words, 6)) for _ in range(2)] for _ in range(40)]
+    table = pd.DataFrame(pairs, columns=["sentence_good", "sentence_bad"]).assign(UID=["island", "binding"] * 20)
+    table.to_csv(tmp_path / "pairs.csv", index=False)
+    made = {"before": 5000, "ours": 3000}
+    for name, shown in made.items():
+        for seed in (1, 2, 3):
+            run, judged = f"{name}-{seed}", f"{name}-judged-{seed}"
+            more = f"--train.max_words {shown} --train.declared_runs 3 --train.seed {seed} --train.log_every 1"
+            trainer.main(flags(counted, tmp_path, run, more))
+            shutil.copytree(word_tokenizer, tmp_path / run / "model", dirs_exist_ok=True)
+            where = {"data.dataset": tmp_path / "pairs.csv", "train.base_model": tmp_path / run / "model"}
+            where |= {"train.out": tmp_path, "train.run_name": judged}
+            finetuner.main(as_flags({"task": "blimp", **where}))
+    root, log, judgement = tmp_path / "records", read_log(tmp_path / run), read_log(tmp_path / judged)
+    shutil.copytree(archive, root)
+    shutil.copy(archive.parent / "README.md", tmp_path)
+    tracks, data = json.loads((root / "tracks.json").read_text()), log.named("data")
+    fixed = {name: data[name] for name in ("hash", "validation", "text")}
+    tracks["tiny-blimp"] = tracks["tiny"] | {
+        "target": {"metric": "blimp", "value": 1.0},
+        "race": "flops",
+        "limits": {"epochs": 10, "words": 5000},
+        "data": {**fixed, "tokenizer_sha256": data["tokenizer"]},
+        "judged_by": {
+            "settings": {"protocol": "default"},
+            "splits": {"test": judgement.named("result", "splits", "blimp", "test")},
+        },
+        "hardware": {},
+    }
+    (root / "tracks.json").write_text(json.dumps(tracks))
+    for name in made:
+        runs = [tmp_path / f"{name}-{seed}" for seed in (1, 2, 3)]
+        judged = [tmp_path / f"{name}-judged-{seed}" for seed in (1, 2, 3)]
+        said = {"track": "tiny-blimp", "name": name, "contributors": ["a"], "what": "A test."}
+        said["date"] = max(read_log(run).named("environment", "started") for run in runs)[:10]
+        with pytest.raises(InputError, match="0 runs of finetuner.py --task blimp on its model"):
+            submit(root, runs, dict(said), judged[:2])
+        submit(root, runs, said, judged)
+    return root
+
+
+@pytest.fixture
+def by_blimp(blimp_archive, tmp_path) -> Path:
+    shutil.copytree(blimp_archive, tmp_path / "records")
+    shutil.copy(blimp_archive.parent / "README.md", tmp_path)
+    return next((tmp_path / "records" / "tiny-blimp").glob("*_ours"))
+
+
+def test_a_record_by_blimp(by_blimp):
+    assert verify(by_blimp) == []
+    logs = [read_log(log) for log in sorted((by_blimp / "finetuned").iterdir())]
+    results = [log.named("result", "results", "blimp", "pretrained", "test", "accuracy", "median") for log in logs]
+    measured = json.loads((by_blimp / "record.json").read_text())["measured"]
+    assert measured["blimp"] == pytest.approx(100 * sum(results) / 3) and measured["mnli_matched"] is None
+    assert "finetuned_by" not in measured and [len(log.lines) for log in logs] == [1, 1, 1]
+    before = json.loads(next(by_blimp.parent.glob("*_before/record.json")).read_text())["measured"]
+    assert measured["gain"] == pytest.approx(before["flops"] / measured["flops"]) and measured["p_gain"] < 0.01
+    update(by_blimp.parents[1], check=False)
+    row = f"{measured['flops']:.2e} ({measured['gain']:.1f} times as cheap)"
+    assert row in (readme := (by_blimp.parents[2] / "README.md").read_text())
+    assert f"| BLiMP {measured['blimp']:.1f} |" in readme
+
+
+def test_a_cheaper_run_may_be_of_another_machine(by_blimp):
+    for folder in ("logs", "finetuned"):
+        for number in (1, 2, 3):
+            change(by_blimp / folder / f"{number}.txt", in_section("environment", "machine", "another"))
+    assert verify(by_blimp) == []
+
+
+@pytest.mark.parametrize("limit,value", (("words", 2000), ("epochs", 0.1)))
+def test_more_text_than_the_track_allows(by_blimp, limit, value):
+    change_track(by_blimp, limits={limit: value})
+    assert any(problem.endswith(f"{limit}, the track allows {value}") for problem in verify(by_blimp))
+
+
+def test_not_cheaper(by_blimp):
+    before = next(by_blimp.parent.glob("*_before"))
+    for log in (*before.glob("logs/*.txt"), *before.glob("finetuned/*.txt")):
+        shutil.copy(log, by_blimp / log.relative_to(before))
+    assert any("not cheaper than" in problem for problem in verify(by_blimp))
+
+
+@pytest.mark.parametrize(
+    "section,name,value,message",
+    (
+        ("data", "base_sha256", "0" * 64, "started from another model than these runs'"),
+        ("config", "protocol", "sane", "not the track's finetuning, but with protocol sane in place of default"),
+        ("result", "splits.blimp.test.examples", 7, "test is {'examples': 7,"),
+        ("result", "results.blimp.pretrained.test.accuracy.median", 0.99, "not the median of the runs' last dev_score"),
+    ),
+)
+def test_a_forged_judgement(by_blimp, section, name, value, message):
+    change(by_blimp / "finetuned" / "2.txt", in_section(section, name, value))
+    assert any(message in problem for problem in verify(by_blimp))
+
+
 def test_tracks_ask_for_what_their_protocol_does():
     for track in json.loads((ROOT / "records" / "tracks.json").read_text()).values():
-        asked = track.get("finetuning")
-        if asked is None:
+        asked = track.get("judged_by", {})
+        if "lr" not in asked:
             continue
-        settings = finetuner.read_flags(["--protocol", asked["protocol"]])[0]
-        given, protocol = settings["train"] | settings["data"], finetuner.PROTOCOLS[asked["protocol"]]
+        settings = finetuner.read_flags(["--protocol", asked["settings"]["protocol"]])[0]
+        given, protocol = settings["train"] | settings["data"] | settings, finetuner.PROTOCOLS[settings["protocol"]]
         assert {name: given[name] for name in asked["settings"]} == asked["settings"] and not protocol.grid
         train = finetuner.FinetuneConfig(**settings["train"])
         chosen = [finetuner.choose_rates(train, protocol, kbert) for kbert in (True, False)]
         assert {train.optimizer: train.lr for train in chosen} == asked["lr"]
+
+
+def test_the_sample_s_finetuning_is_that_of_its_track():
+    asked = json.loads((ROOT / "records" / "tracks.json").read_text())["sample-pairs-cpu"]["judged_by"]["settings"]
+    settings = finetuner.read_flags(["--preset", "micro"])[0]
+    given = settings["train"] | settings["data"] | settings
+    assert {name: given[name] for name in asked} == asked
+
+
+def test_every_track_stands_in_the_rules():
+    tracks = json.loads((ROOT / "records" / "tracks.json").read_text())
+    rules = (ROOT / "records" / "README.md").read_text()
+    for name, track in tracks.items():
+        target = track["target"] or {"metric": "val_loss"}
+        assert f"`{name}`" in rules and track["race"] in RACES and target["metric"] in ("val_loss", *METRICS)
+        assert target["metric"] == "val_loss" or METRICS[target["metric"]][0] in TASKS
+        limits = {"epochs", "words"} if "text" in track["data"] else set()
+        assert set(track.get("limits", {})) <= limits | {"minutes"}
+        said = re.search(rf"\| `{name}` \(not open yet\) \|", rules) is not None
+        assert said == ("not open yet" in (refusal(track, "2026-01-01") or "") and "closed" not in track)
 
 
 # --- submitting
@@ -535,6 +732,39 @@ def test_submit_refuses_and_leaves_nothing(archive, runs):
 def test_declared_runs_have_their_seeds(corpus, tmp_path):
     with pytest.raises(InputError, match="their seeds are 1 to 3"):
         trainer.main(flags(corpus, tmp_path, "fourth", "--train.seed", 4, "--train.declared_runs", 3))
+
+
+def test_a_closed_track_is_history(archive, record, runs):
+    """Its records stand, in the table's last place; a new one is refused, by submit and by verify."""
+    root, said = record.parents[1], {"track": "tiny", "name": "late", "contributors": ["a"], "what": "Nothing."}
+    said["date"] = read_log(runs[0]).named("environment", "started")[:10]
+    change_track(record, closed={"on": "9999-12-31", "why": "Nobody else has its data."})
+    tracks = json.loads((root / "tracks.json").read_text())
+    open_too = {name: value for name, value in tracks["tiny"].items() if name != "closed"}
+    (root / "tracks.json").write_text(json.dumps(tracks | {"open": open_too}))
+    shutil.copytree(root / "tiny", root / "open")
+    assert verify(record) == []
+    update(root, check=False)
+    text = (root.parent / "README.md").read_text()
+    assert text.index("**open**") < text.index("**tiny**: for tests.")
+    assert "Closed since 9999-12-31, kept as history: Nobody else has its data." in text
+    change_track(record, closed={"on": said["date"], "why": "Nobody else has its data."})
+    with pytest.raises(InputError, match=r"^track tiny is closed since [\d-]+: Nobody else has its data\.$"):
+        submit(root, runs, dict(said))
+    assert verify(record) == [
+        f"{record / 'record.json'}: track tiny is closed since {said['date']}: Nobody else has its data."
+    ]
+
+
+def test_a_track_of_which_something_is_unknown_is_not_open(record, runs):
+    log = read_log(runs[0])
+    said = {"track": "tiny", "name": "early", "date": log.named("environment", "started")[:10]}
+    said |= {"contributors": ["a"], "what": "Nothing."}
+    splits = {"test": {"examples": 7, "fingerprint": None}}
+    for unknown in ({"target": None}, {"data": {"hash": None}}, {"judged_by": {"settings": {}, "splits": splits}}):
+        change_track(record, why="Not downloaded.", **unknown)
+        with pytest.raises(InputError, match="^track tiny is not open yet: Not downloaded.$"):
+            submit(record.parents[1], runs, dict(said))
 
 
 # --- tables and pictures
@@ -571,6 +801,21 @@ def test_leaderboard(archive, record):
 )
 def test_durations_carry_over(seconds, said):
     assert duration(seconds) == said
+
+
+def test_no_name_in_the_picture_lies_on_a_point_a_line_or_another_name(tmp_path):
+    drawn, axes = figure(range(2))
+    panels = draw_published(axes, {})
+    drawn.savefig(tmp_path / "pareto.png")  # which lays it out for good
+    for axis, names, points, lines in panels:
+        boxes, inside = [name.get_window_extent() for name in names], axis.get_window_extent()
+        assert len(boxes) == len(points) > 10
+        assert all(inside.contains(*corner) for box in boxes for corner in box.corners())
+        others = [Bbox(axis.transData.transform(line)).padded(3) for line in lines]
+        others += [axis.get_legend().get_window_extent()]
+        for number, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in (*others, *boxes[:number])), names[number]
+    pyplot.close(drawn)
 
 
 def test_committed_tables_are_fresh():
