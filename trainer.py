@@ -411,13 +411,28 @@ def join_processes(device: str = "auto", timeout_minutes: float = 10) -> Iterato
         # torchrun sets OMP_NUM_THREADS=1 for several processes.
         torch.set_num_threads(max(1, usable_cores() // local_world_size))
         keep_freed_memory()
-    if world_size > 1:
-        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-        dist.all_reduce(torch.zeros(1, device=place))  # NCCL takes its memory now, before a row is tried for size
-    yield Process(rank, world_size, place)
+    try:
+        if world_size > 1:
+            join_group(place, rank, world_size, timedelta(minutes=timeout_minutes))
+        yield Process(rank, world_size, place)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        raise InputError(
+            f"rank {rank} waits in vain for the others ({first_line(error)}): one is gone, or has not answered for the "
+            f"{timeout_minutes:g} minutes of --train.timeout_minutes; resume the run"
+        ) from error
     if world_size > 1:
         dist.destroy_process_group()
+
+
+def join_group(place: torch.device, rank: int, world_size: int, timeout: timedelta) -> None:
+    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun's store outlives a restart: without a prefix, ranks may wait at addresses of those gone (pytorch#135712)
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    dist.all_reduce(torch.zeros(1, device=place))  # NCCL takes its memory now, before a row is tried for size
 
 
 def choose_cuda(device: str) -> bool:

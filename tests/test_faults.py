@@ -6,8 +6,10 @@ import errno
 import functools
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import types
 from pathlib import Path
 
@@ -152,6 +154,64 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     code += "    for _ in range(2): os.kill(os.getpid(), signal.SIGINT); print(came, flush=True)"
     ended = run_python("-c", code)
     assert ended.returncode == -signal.SIGINT and ended.stdout == "[2]\n" and ended.stderr == ""
+
+
+UNDER_TORCHRUN = """
+import os, signal, sys, trainer
+train_step = trainer.Run.train_step
+
+def struck(self, progress):
+    train_step(self, progress)
+    if (os.environ["TORCHELASTIC_RESTART_COUNT"], self.process.rank, self.step) == ("0", 1, 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if (os.environ["TORCHELASTIC_RESTART_COUNT"], self.process.rank, self.step) == ("1", 0, 5):
+        os.kill(os.getppid(), signal.SIGINT)
+
+trainer.Run.train_step = struck
+try:
+    trainer.main(sys.argv[1:])
+except trainer.InputError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def test_torchrun_starts_a_killed_rank_again_and_hands_ctrl_c_on(corpus, whole, tmp_path):
+    """Killed in step 3, the two ranks go on from 2; torchrun itself is told to stop in step 5; one rank finishes."""
+    script, run = tmp_path / "struck.py", tmp_path / "run"
+    script.write_text(UNDER_TORCHRUN)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", script)
+    ended = run_python(*launch, *flags(corpus, tmp_path, "run", SHORT))
+    assert "error: rank 0 waits in vain for the others" in ended.stderr and "[rank" not in ended.stderr
+    assert "=== resumed\nstep-000002\n" in ended.stdout and losses(run, "train_loss").keys() == {1, 2, 3, 4, 5}
+    assert ended.stdout.endswith("\nstopped at step 5; continue with --train.resume auto\n"), ended.stdout
+    assert ended.stdout.count("=== saved") == 3 and (run / "checkpoints/step-000005").exists()
+    go_on(corpus, run)
+    assert_same_model(run, whole)
+
+
+SILENT = """
+import os, signal, sys, trainer
+os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}
+other = os.fork()
+os.environ["RANK"] = "0" if other else "1"
+try:
+    with trainer.join_processes("cpu", timeout_minutes=0.05) as process:
+        if process.rank == 1:
+            signal.pause()
+        process.sum(1.0)
+except trainer.InputError as error:
+    print(error)
+os.kill(other, signal.SIGKILL)
+"""
+
+
+def test_a_rank_that_does_not_answer_ends_the_others(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    ended = run_python("-c", SILENT, port, timeout=100)
+    said = r"rank 0 waits in vain .*Timed out.* not answered for the 0.05 minutes of --train.timeout_minutes; resume"
+    assert ended.returncode == 0 and re.fullmatch(f"{said} the run\n", ended.stdout), ended.stderr
 
 
 # --- damaged checkpoints

@@ -423,27 +423,22 @@ def test_uploads_are_waited_for_when_the_other_ranks_are_gone(tmp_path, capsys, 
     assert ("--train.resume auto" in capsys.readouterr().out) != finished
 
 
-def test_sigterm_saves_and_exits(corpus, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "trainer.py", *flags(corpus, tmp_path, "term", "--train.steps", 100_000)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_once_and_exits(corpus, tmp_path, number, code):
+    arguments = flags(corpus, tmp_path, "term", "--train.steps 100_000 --train.save_every 0")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "trainer.py", *arguments], cwd=ROOT, text=True, **pipes)
     log, deadline = tmp_path / "term" / "log.txt", time.monotonic() + 120
     while not (log.exists() and "step:7/" in log.read_text()):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "continue with --train.resume auto" in said
-    last = max((tmp_path / "term" / "checkpoints").iterdir())
-    assert (
-        json.loads((last / "state.json").read_text())["step"]
-        == int(lines(tmp_path / "term")[-1]["step"])
-        == int(last.name[5:])
-        >= 7
-    )
+    process.send_signal(number)
+    said, wrong = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in wrong
+    last = int(lines(tmp_path / "term")[-1]["step"])
+    assert said.endswith(f"\nstopped at step {last}; continue with --train.resume auto\n") and last >= 7
+    (checkpoint,) = (tmp_path / "term" / "checkpoints").iterdir()
+    assert json.loads((checkpoint / "state.json").read_text())["step"] == int(checkpoint.name[5:]) == last
 
 
 def test_a_run_by_the_clock_ends_when_its_time_is_up(corpus, tmp_path):
