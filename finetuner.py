@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -102,6 +103,7 @@ class FinetuneConfig:
     """What is trained, for how long, how fast, and what is kept."""
 
     base_model: str | None = option(None, "folder or Hub id of an encoder; none: the newest finished pretraining run")
+    trust_remote_code: bool = option(False, "run the code that a base model brings along, if it is not a KBERT")
     epochs: PositiveFloat = option(3.0, "passes over train, at most")
     batch_size: PositiveInt = option(32, "examples in an optimizer step, over all ranks")
     optimizer: Literal["auto", "muon", "adamw"] = option("auto", "auto: muon for a KBERT, adamw for other encoders")
@@ -126,6 +128,7 @@ class FinetuneConfig:
     compare_random: bool = option(False, "also finetune the same shape from random weights")
     row_tokens: PositiveInt | None = option(None, "tokens in one forward; none: 4096 on a CPU, 16384 on a GPU")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to train; auto: on GPUs where there are any")
+    timeout_minutes: PositiveFloat = option(10.0, "minutes that ranks wait for each other before they give up")
     compile: bool = option(True, "torch.compile: on a GPU, and on a CPU that trains on 3 million tokens or more")
     log_every: PositiveInt = option(20, "steps between lines of the log")
     resume: bool = option(False, "continue the newest unfinished run of the same settings, or --train.run_name")
@@ -222,6 +225,7 @@ class Base:
     config: dict
     tokenizer: PreTrainedTokenizerFast
     max_length: int  # tokens that an example may have
+    trusted: bool = False  # whether its own code may be run
 
     @property
     def title(self) -> str:
@@ -245,23 +249,31 @@ def newest_run(out: Path, preset: str) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
-def open_base(name: str, max_length: int | None) -> Base:
+def open_base(name: str, max_length: int | None, trusted: bool = False) -> Base:
     try:
         config, _ = PretrainedConfig.get_config_dict(name)
         if not config:
             raise OSError("it has no config.json")
         kbert = config.get("model_type") == "kbert"
-        tokenizer = (PreTrainedTokenizerFast if kbert else AutoTokenizer).from_pretrained(name)
-    except (OSError, ValueError) as error:
+        if kbert:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
+        else:
+            AutoConfig.from_pretrained(name, trust_remote_code=trusted)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
+    except Exception as error:  # whatever transformers makes of files that are damaged
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{name} brings code of its own, which is not run: read it, then give --train.trust_remote_code true"
+            ) from error
         raise InputError(
-            f"cannot open the base model {name} ({str(error).strip().splitlines()[0]}): "
+            f"cannot open the base model {name} ({first_line(error)}): "
             "give --train.base_model a folder with config.json, weights and tokenizer, or a Hub id"
         ) from error
     if not tokenizer.is_fast:
         raise InputError(f"the tokenizer of {name} has no tokenizer.json: save it as a fast tokenizer first")
     limit = config.get("max_position_embeddings") or 512
     tokenizer.model_max_length = min(max_length or 512, limit)
-    return Base(name, kbert, config, tokenizer, tokenizer.model_max_length)
+    return Base(name, kbert, config, tokenizer, tokenizer.model_max_length, trusted)
 
 
 def build_model(base: Base, kind: Kind, seed: int, random: bool = False, pooling: str | None = None) -> nn.Module:
@@ -276,9 +288,9 @@ def build_model(base: Base, kind: Kind, seed: int, random: bool = False, pooling
         config, cls = KBERTConfig.from_dict(kept | settings), HEADS[kind.head]
         fresh = cls
     else:
-        config = AutoConfig.from_pretrained(base.name, **settings)
+        config = AutoConfig.from_pretrained(base.name, trust_remote_code=base.trusted, **settings)
         cls = getattr(transformers, f"AutoModelFor{kind.head}")
-        fresh = cls.from_config
+        fresh = partial(cls.from_config, trust_remote_code=base.trusted)
     whole = "train" not in kind.required_splits
     return fresh(config) if random else load_pretrained(cls, base, config, whole)
 
@@ -289,6 +301,7 @@ def load_pretrained(cls: type, base: Base, config: PretrainedConfig, whole: bool
     whole: the head must be there too.
     """
     how = {"ignore_mismatched_sizes": True, "dtype": torch.float32, "output_loading_info": True}
+    how |= {} if base.kbert else {"trust_remote_code": base.trusted}
     try:
         model, loading = cls.from_pretrained(base.name, config=config, **how)
     except OSError as error:
@@ -860,7 +873,7 @@ class TaskRuns:
         unlabelled = [split for split in data.splits if split != "train" and split not in data.labelled]
         if not unlabelled:
             return {}
-        chosen = open_base(str(self.folder / "model"), self.base.max_length)
+        chosen = open_base(str(self.folder / "model"), self.base.max_length, self.base.trusted)
         self.load(build_model(chosen, data.kind, seed=0))
         _, predictions = evaluate(self.net, data, unlabelled, self.process)
         return predictions
@@ -1114,7 +1127,8 @@ class Finetuner:
             self.close(reports)
 
     def open_base(self, name: str) -> Base:
-        return self.process.on_main(lambda: open_base(name, self.data.max_length))
+        trusted = self.train.trust_remote_code
+        return self.process.on_main(lambda: open_base(name, self.data.max_length, trusted))
 
     def read(self, task: str, base: Base) -> Data:
         data = self.data
@@ -1213,7 +1227,8 @@ def main(argv: list[str] | None = None) -> None:
     code = read_code(MODULES)
     argv = sys.argv[1:] if argv is None else argv
     settings, given = read_flags(argv)
-    with join_processes(settings["train"]["device"]) as process:
+    train = settings["train"]
+    with join_processes(train["device"], train["timeout_minutes"]) as process:
         Finetuner(process, settings, given, ["finetuner.py", *argv], code).run()
 
 

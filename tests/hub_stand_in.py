@@ -54,7 +54,7 @@ class Hub(ThreadingHTTPServer):
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_XET": "1",
-            "HF_TOKEN": "hf_test",
+            "HF_TOKEN": "hf_planted",
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
 

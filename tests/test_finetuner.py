@@ -29,7 +29,7 @@ from transformers import (
 import finetuner
 import objectives
 import trainer
-from conftest import ROOT, as_flags, run_python
+from conftest import ROOT, TOKEN, as_flags, run_python, telling
 from data.examples import Split, cut_longest_first, encode_texts, number_classes, read_labels
 from data.squad import N_BEST, Windows, answer_scores, best_answers, candidates, encode_questions, null_threshold
 from data.tasks import GLUE, TASKS, Classes, Kind, Span, read_data, score
@@ -857,6 +857,8 @@ print(classify({"text": "the film", "text_pair": "was good"})["label"])"""
         loaded = run_python("-c", code, env=hub.environment(tmp_path))
         assert loaded.stdout.strip().split("\n")[-1] in TASKS["mnli"].classes, loaded.stderr
         card = hub.files("model", "me/tuned")["README.md"].decode()
+        pushed = b"".join(hub.files("model", "me/tuned").values())
+        assert TOKEN.encode() not in pushed and not telling(tmp_path) and TOKEN not in ended.stdout + ended.stderr
     assert "base_model: me/base" in card and "validation_mismatched" in card
     predictions = tmp_path / "out" / "run" / "predictions"
     for name, lines in (("MNLI-m", 8), ("MNLI-mm", 8), ("AX", 6)):
@@ -869,6 +871,39 @@ OTHERS = {
     "bert": lambda: BertForMaskedLM(BertConfig(**THEIRS)),
     "modernbert": lambda: ModernBertForMaskedLM(ModernBertConfig(**THEIRS, **MARKS)),
 }
+
+
+FOREIGN = """
+from pathlib import Path
+from transformers import BertConfig, BertForSequenceClassification
+
+Path("MARK").touch()
+
+
+class ForeignConfig(BertConfig):
+    model_type = "foreign"
+
+
+class ForeignModel(BertForSequenceClassification):
+    config_class = ForeignConfig
+"""
+
+
+def test_a_base_models_own_code_is_run_only_if_trusted(films, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, mark = tmp_path / "foreign", tmp_path / "it_ran"
+    OTHERS["bert"]().save_pretrained(folder)
+    make_tokenizer(WORDS).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "theirs.ForeignConfig", "AutoModelForSequenceClassification": "theirs.ForeignModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "foreign", "auto_map": auto}))
+    (folder / "theirs.py").write_text(FOREIGN.replace("MARK", str(mark)))
+    few = {"data_dataset": films, "data_max_train_examples": 16}
+    with pytest.raises(InputError, match="foreign brings code of its own, .* give --train.trust_remote_code true"):
+        go(str(folder), tmp_path, **few)
+    assert not mark.exists()
+    report = report_of(go(str(folder), tmp_path, **few, train_trust_remote_code="true"))
+    assert mark.exists() and report["results"]["pretrained"]
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -19,7 +19,18 @@ from transformers import AutoTokenizer
 
 import finetuner
 import trainer
-from conftest import ROOT, TINY_SHAPE, as_flags, flags, losses, metrics_of, run_python, sentences, write_documents
+from conftest import (
+    ROOT,
+    TINY_SHAPE,
+    as_flags,
+    flags,
+    losses,
+    metrics_of,
+    run_python,
+    sentences,
+    telling,
+    write_documents,
+)
 from dataloading import InputError, sha256_of
 from records.baseline import modernbert
 from records.leaderboard import BEGIN, END, duration, matches, update
@@ -137,6 +148,7 @@ def in_section(section: str, name: str, value) -> Callable[[str], str]:
 def test_true_records_pass(archive):
     for folder in (archive / "tiny").iterdir():
         assert verify(folder) == []
+    assert not telling(archive)
     ours = next((archive / "tiny").glob("*_ours"))
     said = json.loads((ours / "record.json").read_text())
     assert said["beats"].endswith("_before") and said["measured"]["n"] == 3

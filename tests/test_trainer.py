@@ -26,12 +26,14 @@ from conftest import (
     GOLDEN,
     ROOT,
     SPECIALS,
+    TOKEN,
     flags,
     lines,
     losses,
     metrics_of,
     run_python,
     sentences,
+    telling,
     tiny,
     write_documents,
 )
@@ -517,15 +519,20 @@ def test_a_run_pushes_model_and_checkpoints(corpus, word_tokenizer, tmp_path):
         )
         loaded = run_python("-c", code, env=hub.environment(tmp_path))
         assert loaded.returncode == 0 and loaded.stdout.strip().endswith("5"), loaded.stderr
+        assert not telling(tmp_path) and TOKEN not in result.stdout + result.stderr
+        heads = hub.repos["model", "me/tiny"].values()
+        assert not [path for head in heads for path, content in head["files"].items() if TOKEN.encode() in content]
 
 
 def test_a_failing_hub_never_stops_a_run(corpus, tmp_path):
     with Hub() as hub:
         hub.broken = "commit"
         arguments = flags(corpus, tmp_path, "unpushed", "--train.hf_model_name me/tiny")
-        environment = {**hub.environment(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
+        (tmp_path / "token").write_text(TOKEN)  # where `hf auth login` leaves it
+        environment = {**hub.environment(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_TOKEN": ""}
         result = run_python("trainer.py", *arguments, env=environment)
     assert result.returncode == 0, result.stderr
+    assert telling(tmp_path) == [tmp_path / "token"] and TOKEN not in result.stdout + result.stderr
     assert "hf upload me/tiny" in result.stdout and (tmp_path / "unpushed" / "model" / "model.safetensors").exists()
     assert (tmp_path / "unpushed" / "to_push" / "step-000010" / "model.safetensors").exists()
 
