@@ -135,6 +135,7 @@ class FinetuneConfig:
     out: str = option("logs", "folder of runs")
     run_name: str | None = option(None, "folder of this run within out; none: date, time and task")
     hf_model_name: str | None = option(None, "USER/NAME on the Hub to push to; of --task glue a branch for each task")
+    hub_minutes: PositiveFloat = option(2.0, "minutes that the Hub may be silent before an upload is given up")
 
 
 PRESETS = {
@@ -1102,7 +1103,7 @@ class Finetuner:
         self.base_name = self.train.base_model or process.on_main(lambda: str(newest_run(self.out, preset)))
         self.base = self.open_base(self.base_name)
         self.repeat = self.settings_to_repeat(settings)
-        self.hub = HubPusher(self.train.hf_model_name) if self.train.hf_model_name else None
+        self.hub = HubPusher(self.train.hf_model_name, self.train.hub_minutes) if self.train.hf_model_name else None
 
     def settings_to_repeat(self, settings: dict) -> dict:
         """config.yaml: not the run's place, nor what the protocol's grid ranges over, which it would fix."""

@@ -13,6 +13,7 @@ import time
 import types
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -535,6 +536,63 @@ def test_a_failing_hub_never_stops_a_run(corpus, tmp_path):
     assert telling(tmp_path) == [tmp_path / "token"] and TOKEN not in result.stdout + result.stderr
     assert "hf upload me/tiny" in result.stdout and (tmp_path / "unpushed" / "model" / "model.safetensors").exists()
     assert (tmp_path / "unpushed" / "to_push" / "step-000010" / "model.safetensors").exists()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The stand-in, for what runs in this process."""
+    with Hub() as hub:
+        monkeypatch.setattr(huggingface_hub, "HfApi", functools.partial(huggingface_hub.HfApi, endpoint=hub.url))
+        yield hub
+    huggingface_hub.close_session()  # which has the time limit
+
+
+def test_a_hub_that_never_answers_is_given_up(hub, tmp_path, capsys):
+    pusher = trainer.HubPusher("me/tiny", 0.01)
+    hub.silent = "whoami"
+    with pytest.raises(InputError, match="no answer for the 0.01 minutes of --train.hub_minutes"):
+        pusher.check()
+    hub.silent = "branch"
+    pusher.check()
+    for name in ("one", "main"):
+        (tmp_path / "to_push" / name).mkdir(parents=True)
+        (tmp_path / "to_push" / name / "config.json").write_text("{}")
+    pusher.push(tmp_path / "to_push" / "one", "one")
+    pusher.push(tmp_path / "to_push" / "main", "main")
+    pusher.finish()
+    said = capsys.readouterr().out
+    assert said.count("no answer for") == 1 and said.endswith(f"{tmp_path}/to_push/one . --revision one\n")
+    assert set(hub.files("model", "me/tiny")) == {"config.json"}
+    assert [path.name for path in trainer.unpushed(tmp_path)] == ["one"]
+
+
+def test_training_does_not_wait_for_the_hub(hub, tmp_path):
+    pusher = trainer.HubPusher("me/tiny", 10)
+    pusher.check()
+    hub.silent = ""
+    (tmp_path / "config.json").write_text("{}")
+    pusher.push(tmp_path, "one")
+    hub.speak.set()
+    pusher.finish()
+    assert set(hub.files("model", "me/tiny", "one")) == {"config.json"}
+
+
+def test_what_a_killed_run_did_not_push_is_pushed_by_the_next(corpus, hub, tmp_path, monkeypatch, capsys):
+    again = flags(corpus, tmp_path, "run", "--train.hf_model_name me/tiny --train.resume auto --train.steps 4")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.HubPusher, "push", lambda *_: None)
+        main([*again, "--train.save_every", "2"])
+    kept = shutil.copytree(tmp_path / "run" / "to_push" / "main", tmp_path / "run" / "to_push" / "chck_1M")
+    main(again)
+    said = capsys.readouterr().out.splitlines()
+    names = ("chck_1M", "main", "step-000002", "step-000004")
+    commands = [f"hf upload me/tiny {kept.with_name(name)} . --revision {name}" for name in names]
+    assert [line.split("with:  ")[1] for line in said if "push it later" in line] == commands
+    log = tmp_path / "run" / "log.txt"
+    log.write_text(log.read_text().split("=== result\n")[0])
+    main(again)
+    assert set(hub.repos["model", "me/tiny"]) == set(names) and not trainer.unpushed(tmp_path / "run")
+    assert all("model.safetensors" in hub.files("model", "me/tiny", name) for name in names)
 
 
 def test_wandb_is_imported_only_when_asked_for(corpus, tmp_path, monkeypatch):
