@@ -24,6 +24,7 @@ from dataloading import InputError
 from records.leaderboard import draw_runs
 from records.log import read_log
 from records.verify import (
+    MALFORMED,
     RECORDS,
     Record,
     check_code,
@@ -116,6 +117,12 @@ def submit(
         if problems := list(check_record(record, tracks, before)):
             raise InputError("this is no record yet:\n" + "\n".join(problems))
         os.replace(temporary, folder)
+    except InputError:
+        raise
+    except MALFORMED as error:
+        raise InputError(
+            f"a value of these logs is missing or of the wrong kind ({error!r}): give runs as they were written"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder

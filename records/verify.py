@@ -38,6 +38,8 @@ MOST_BYTES = 2_000_000  # of a record
 SAME_EVERYWHERE = ("device", "threads", "torch", "cuda", "driver", "world_size")
 FREE_BETWEEN_RUNS = ("seed", "run_name", "out", "hf_model_name", "wandb_project", "resume")
 FREE_BETWEEN_MACHINES = (*FREE_BETWEEN_RUNS, "dir", "declared_runs")
+# What reading a value that is missing, or of another kind than a run writes, may raise
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 FINETUNED_BY = ("protocol", "optimizer", "lr", "weight_decay", "epochs", "batch_size", "lr_schedule", "seeds")
 
 
@@ -197,8 +199,10 @@ class Record:
 def read_record(path: Path) -> Record:
     try:
         said = json.loads((path / "record.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path / 'record.json'}: missing or not JSON ({error})") from error
+    if not isinstance(said, dict):
+        raise InputError(f"{path / 'record.json'}: not a record's, which is a mapping")
     missing = [key for key in ("track", "name", "date", "contributors", "declared_runs", "measured") if key not in said]
     if missing:
         raise InputError(f"{path / 'record.json'}: no {', '.join(missing)}")
@@ -503,7 +507,7 @@ def verify(path: Path) -> list[str]:
         return list(dict.fromkeys(check_record(record, read_tracks(path.parents[1]), before)))
     except InputError as error:
         return [str(error)]
-    except (KeyError, TypeError) as error:
+    except MALFORMED as error:
         return [f"{path}: a value is missing or of the wrong kind ({error!r})"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import os
 import re
@@ -14,17 +13,14 @@ import types
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import dataloading
 import trainer
 from conftest import TOKEN, flags, lines, losses, run_python, story, telling
 from dataloading import HEADER_BYTES, InputError, Loader, read_manifest, read_shard, sha256_of
-from model import KBERTConfig
-from records.log import read_log, with_header
+from records.log import read_log
 from records.verify import check_run
-from trainer import PRESETS, DataConfig, Run, TrainConfig, damage_of, find_checkpoint, main, make_parser, parse_flags
+from trainer import Run, damage_of, find_checkpoint, main
 
 SHORT = "--train.steps 6 --train.valid_every 3 --train.save_every 2 --train.batch_tokens 512 --train.resume auto"
 
@@ -428,108 +424,3 @@ def test_names_that_lead_outside_the_folder_are_refused(data, name):
     (data / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="is not the name of a file in this folder"):
         read_manifest(data)
-
-
-# --- fuzz: success or InputError, never another exception
-
-HYPOTHESIS = settings(
-    max_examples=int(os.environ.get("FUZZ_CASES", 150)), deadline=None, database=None, derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-)
-
-
-@st.composite
-def damaged(draw, content: bytes) -> bytes:
-    """A file with up to three places overwritten, inserted or cut out."""
-    for _ in range(draw(st.integers(1, 3))):
-        at, length = draw(st.integers(0, len(content))), draw(st.integers(0, 40))
-        content = content[:at] + draw(st.binary(max_size=12)) + content[at + length :]
-    return content
-
-
-def places(value: object, path: tuple = ()) -> list[tuple]:
-    """Of all values within JSON, from the inside out."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [found for key, below in inner for found in places(below, (*path, key))] + [path] * bool(path)
-
-
-def use(data: Path) -> None:
-    """What a run does with its data before it trains, and a few rows; damage must be named."""
-    try:
-        manifest = read_manifest(data)
-        dataloading.data_hash(manifest)
-        for split in ("train", "valid"):
-            rows = iter(Loader(data, manifest, split, 256, 100, seed=1))
-            for _ in range(3):
-                next(rows)
-            rows.close()
-    except InputError:
-        pass
-
-
-@HYPOTHESIS
-@given(st.data())
-def test_any_manifest_is_used_or_refused(tmp_path_factory, corpus, draw):
-    data = tmp_path_factory.getbasetemp() / "fuzzed"
-    if not data.exists():
-        shutil.copytree(corpus, data)
-    content = (corpus / "manifest.json").read_bytes()
-    if draw.draw(st.booleans()):
-        content = draw.draw(damaged(content))
-    else:
-        manifest = json.loads(content)
-        *way, last = draw.draw(st.sampled_from(places(manifest)))
-        within = functools.reduce(lambda value, key: value[key], way, manifest)
-        within[last] = draw.draw(JSON)
-        content = json.dumps(manifest).encode()
-    (data / "manifest.json").write_bytes(content)
-    use(data)
-
-
-@HYPOTHESIS
-@given(st.data())
-def test_any_shard_is_used_or_refused(tmp_path_factory, corpus, draw):
-    data = tmp_path_factory.getbasetemp() / "fuzzed_shard"
-    if not data.exists():
-        shutil.copytree(corpus, data)
-    path, verified = data / SHARD, draw.draw(st.booleans())
-    path.write_bytes(draw.draw(damaged((corpus / SHARD).read_bytes())))
-    manifest = json.loads((corpus / "manifest.json").read_bytes())
-    if not verified:  # so that what is wrong within is met, too
-        manifest["shards"][SHARD] |= {"sha256": sha256_of(path), "tokens": (path.stat().st_size - HEADER_BYTES) // 2}
-    (data / "manifest.json").write_text(json.dumps(manifest))
-    use(data)
-
-
-@HYPOTHESIS
-@given(st.data())
-def test_any_log_is_read_or_refused(tmp_path_factory, whole, draw):
-    path, text = tmp_path_factory.getbasetemp() / "fuzzed.txt", (whole / "log.txt").read_bytes()
-    head, tail = text.split(b"=== code\n")[0], text.split(b"=== run\n")[1]
-    path.write_bytes(draw.draw(damaged(head + b"=== code\n" + with_header("a.py", "a\nb\n").encode() + b"\n" + tail)))
-    try:
-        list(check_run(read_log(path)))
-    except InputError:
-        pass
-
-
-@pytest.fixture(scope="module")
-def parser():
-    made = make_parser("", {"data": DataConfig, "train": TrainConfig, "model": KBERTConfig})
-    made.add_argument("--preset", choices=list(PRESETS), default="base")
-    return made
-
-
-@settings(HYPOTHESIS, max_examples=HYPOTHESIS.max_examples // 5)  # the parser takes its time
-@given(st.data())
-def test_any_configuration_is_taken_or_refused(tmp_path_factory, whole, parser, draw):
-    path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
-    path.write_bytes(draw.draw(damaged((whole / "config.yaml").read_bytes())))
-    try:
-        parse_flags(parser, ["--config", str(path)], {"preset": PRESETS})
-    except SystemExit as end:
-        assert end.code == 2

@@ -954,6 +954,63 @@ def test_bad_input_is_said_in_one_sentence(base, films, tmp_path):
     assert not (tmp_path / "out").exists()  # none of them left a run behind
 
 
+def as_csv(rows: list[tuple], head: str = "text,label") -> bytes:
+    return "".join(f"{line}\n" for line in (head, *(f"{text},{label}" for text, label in rows))).encode()
+
+
+FILMS = [(row["text"], row["label"]) for row in make_rows(40, 1)]
+MANY = [("good film", number) for number in range(10_000)]
+AWKWARD = {  # csv -> what its refusal says, or of how many classes it is taken to be
+    "a label missing now and then": (as_csv([(text, "" if label else 1) for text, label in FILMS[1:]] + FILMS), 2),
+    "all labels missing": (as_csv([(text, "") for text, _ in FILMS]), "no example of train has a label"),
+    "NaN": (as_csv([*FILMS, ("good", "NaN"), ("NaN", 1)]), 2),
+    "null": (as_csv([*FILMS, ("good", "null"), ("null", 1)]), 2),
+    "a column twice": (as_csv([(text, f"{label},{label}") for text, label in FILMS], "text,label,label"), 2),
+    "latin-1": (as_csv([*FILMS, ("caf\xe9", 1)]).replace(b"\xc3\xa9", b"\xe9"), "cannot read .*utf-8"),
+    "a byte order mark": (b"\xef\xbb\xbf" + as_csv(FILMS), 2),
+    "no text at all": (as_csv([("", label) for _, label in FILMS]), 2),
+    "one class": (as_csv([(text, 1) for text, _ in FILMS]), "holds only the class 1"),
+    "100,000 characters": (as_csv([("good " * 20_000, 0), *FILMS]), 2),
+    "10,000 classes, once each": (as_csv(MANY), "none of the classes 0, .* and 8990 others: check"),
+    "infinite": (as_csv([(text, "inf" if label else 0.5) for text, label in FILMS]), "is infinite"),
+    "words among fractions": (as_csv([(text, "good" if label else 0.5) for text, label in FILMS]), 2),
+    "an open quote": (as_csv([*FILMS, ('"good', 1)]), "cannot read .*EOF inside string"),
+    "one row": (as_csv(FILMS[:1]), "train has one row"),
+    "no head": (as_csv(FILMS[1:], ",".join(map(str, FILMS[0]))), "no column text, label"),
+}
+
+
+@pytest.mark.parametrize("content, said", AWKWARD.values(), ids=AWKWARD)
+def test_awkward_tables_are_read_or_refused(tokenizer, tmp_path, content, said):
+    (tmp_path / "table.csv").write_bytes(content)
+    if isinstance(said, int):
+        found = read_data("custom", tokenizer, 64, DataConfig(dataset=str(tmp_path / "table.csv")))
+        assert len(found.kind.classes) == said and found.dev == "validation"
+        return
+    with pytest.raises(InputError, match=said) as caught:
+        read_data("custom", tokenizer, 64, DataConfig(dataset=str(tmp_path / "table.csv")))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_awkward_examples_are_learnt_from(base, tmp_path):
+    """Without text, longer than a window, and of 10,000 classes."""
+    rows = [*MANY, ("", 3), ("good " * 20_000, 4)]
+    (tmp_path / "train.csv").write_bytes(as_csv(rows))
+    (tmp_path / "validation.csv").write_bytes(as_csv(rows[-20:]))
+    run = go(base, tmp_path / "out", data_dataset=tmp_path, data_max_train_examples=32)
+    assert len(report_of(run)["classes"]) == 10_000
+
+
+def test_a_split_whose_labels_are_missing_is_no_split_to_choose_by(base, tmp_path):
+    without = [{"text": row["text"]} for row in make_rows(8, 2)]
+    films = write_jsonl(tmp_path / "films", train=make_rows(20, 1), validation=without)
+    with pytest.raises(InputError, match="no labelled split validation to choose by"):
+        go(base, tmp_path / "out", data_dataset=films)
+    films = write_jsonl(tmp_path / "films", other=make_rows(8, 3))
+    run = go(base, tmp_path / "out", data_dataset=films, data_validation="other")
+    assert set(report_of(run)["model"]["metrics"]) == {"other"}
+
+
 def test_a_model_of_another_model_py_is_refused(base, films, tmp_path):
     older = tmp_path / "older"
     shutil.copytree(base, older)
