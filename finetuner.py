@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import ModelOutput
@@ -45,7 +46,7 @@ from transformers.utils import ModelOutput
 from data.blimp import Pairs
 from data.examples import MissingData, Split
 from data.tasks import GLUE, TASKS, Data, Kind, read_data
-from dataloading import InputError, first_line, sha256_of
+from dataloading import InputError, first_line, read_json, sha256_of
 from model import (
     KBERTConfig,
     KBERTForMaskedLM,
@@ -239,7 +240,7 @@ def newest_run(out: Path, preset: str) -> Path:
     found = []
     for path in out.glob("*/model/config.json"):
         pretrained = {"KBERTForMaskedLM", "KBERTForReplacedTokenDetection"}
-        pretrained &= set(json.loads(path.read_text()).get("architectures") or [])
+        pretrained &= set(read_json(path).get("architectures") or [])
         if pretrained and preset in ("base", read_settings(path.parents[1]).get("preset")):
             found.append(path)
     if not found:
@@ -305,7 +306,7 @@ def load_pretrained(cls: type, base: Base, config: PretrainedConfig, whole: bool
     how |= {} if base.kbert else {"trust_remote_code": base.trusted}
     try:
         model, loading = cls.from_pretrained(base.name, config=config, **how)
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
             f"cannot load the weights of {base.name} ({first_line(error)}): give --train.base_model a finished model"
         ) from error
@@ -819,7 +820,19 @@ class TaskRuns:
 
     def read_done(self) -> list[dict]:
         record = self.folder / "runs.jsonl"
-        return [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+        if not record.exists():
+            return []
+        whole, _, torn = record.read_bytes().rpartition(b"\n")
+        if torn:  # by a kill: that run is run again
+            os.truncate(record, len(whole) + bool(whole))
+        try:
+            runs = [json.loads(line) for line in whole.decode().splitlines()]
+            for run in runs:
+                run["start"], run["settings"], run["metrics"], run["score"], run["best_step"], run["steps"]
+        except (LookupError, TypeError, ValueError) as error:
+            said = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(f"{record} is damaged ({said}): without it its runs are run again") from error
+        return runs
 
     def train(self, start: str, cell: FinetuneConfig, settings: dict, label: str) -> None:
         data, process = self.data, self.process
@@ -892,9 +905,7 @@ class TaskRuns:
         self.log.section(f"results {self.data.name}", results_table(report["results"]), echo=True)
         if self.data.trains:
             self.log.write(f"model: {self.folder / 'model'}")
-        temporary = self.folder / "metrics.json.tmp"
-        temporary.write_text(json.dumps(report, indent=1))
-        os.replace(temporary, self.folder / "metrics.json")  # last: a folder with it is finished
+        write_report(self.folder, report)
         return report
 
     def best_run(self, start: str) -> dict:
@@ -954,6 +965,13 @@ class TaskRuns:
         card = ModelCard.from_template(data, template_str=MODEL_CARD, rows=rows, **said)
         folder = self.folder / "model" if self.data.trains else self.folder
         (folder / "README.md").write_text(f"{card}\n", encoding="utf-8")
+
+
+def write_report(folder: Path, report: dict) -> None:
+    """metrics.json, at once and last: what has it is finished."""
+    temporary = folder / "metrics.json.tmp"
+    temporary.write_text(json.dumps(report, indent=1))
+    os.replace(temporary, folder / "metrics.json")
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -1049,7 +1067,7 @@ def mnli_model(out: Path, base: str) -> str:
     """model/ of the newest finished MNLI run from the same base model."""
     found = []
     for path in [*out.glob("*/metrics.json"), *out.glob("*/mnli/metrics.json")]:
-        report = json.loads(path.read_text())
+        report = read_json(path)
         if (report.get("task"), report.get("base_model")) == ("mnli", base):
             found.append(path)
     if not found:
@@ -1064,13 +1082,19 @@ def mnli_model(out: Path, base: str) -> str:
 # The command
 
 
+def is_finished(run: Path) -> bool:
+    """Whether it has its report, and its log the result, which is written after it."""
+    log = run / "log.txt"
+    return (run / "metrics.json").exists() and log.exists() and b"\n=== result\n" in log.read_bytes()
+
+
 def claim_folder(train: FinetuneConfig, settings: dict, task: str) -> Path:
     """A new folder for the run, or that of the unfinished one it continues. settings: what config.yaml holds."""
     out = Path(train.out)
     folder = out / (train.run_name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{task}")
     taken = (folder / "config.yaml").exists()
     if train.resume:
-        unfinished = [path.parent for path in out.glob("*/config.yaml") if not (path.parent / "metrics.json").exists()]
+        unfinished = [path.parent for path in out.glob("*/config.yaml") if not is_finished(path.parent)]
         same = [path for path in unfinished if read_settings(path) == settings]
         if taken and folder not in same:
             raise InputError(
@@ -1188,7 +1212,7 @@ class Finetuner:
 
     def finished(self, task: str) -> dict | None:
         metrics = self.folder / task / "metrics.json"
-        return self.process.on_main(lambda: json.loads(metrics.read_text()) if metrics.exists() else None)
+        return self.process.on_main(lambda: read_json(metrics) if metrics.exists() else None)
 
     def write_row(self, reports: dict[str, dict]) -> None:
         scores = glue_scores({task: report["results"]["pretrained"] for task, report in reports.items()})
@@ -1196,7 +1220,7 @@ class Finetuner:
         self.log.section("glue", f"{said}\n{glue_row(self.base.title, scores)}", echo=True)
         report = {"task": "glue", "base_model": self.base_name, "protocol": self.repeat["protocol"]}
         report |= {"scores": scores, "tasks": list(reports)}
-        (self.folder / "metrics.json").write_text(json.dumps(report, indent=1))
+        write_report(self.folder, report)
 
     def close(self, reports: dict[str, dict]) -> None:
         result = {"run": str(self.folder), "finished": True}

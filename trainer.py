@@ -288,8 +288,12 @@ def write_settings(folder: Path, settings: dict) -> None:
 
 
 def read_settings(folder: Path) -> dict:
-    path = folder / "config.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """What a run's config.yaml says; {} where it is missing or damaged."""
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

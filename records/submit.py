@@ -143,7 +143,7 @@ def extract(path: Path, out: Path) -> str:
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(text.encode())
-    return log.sections["command"].strip()
+    return str(log.named("command")).strip()
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import json
 import math
 import re
 import statistics
@@ -28,7 +27,7 @@ from pathlib import Path
 from scipy.stats import ttest_1samp, ttest_ind
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataloading import InputError
+from dataloading import InputError, read_json
 from model import KBERTConfig
 from records.log import GENERATOR_AND_DETECTOR, MASKED_LAST_LAYER, WHOLE_LAST_LAYER, Log, Work, read_log
 
@@ -44,7 +43,7 @@ FINETUNED_BY = ("protocol", "optimizer", "lr", "weight_decay", "epochs", "batch_
 
 
 def read_tracks(root: Path) -> dict[str, dict]:
-    return json.loads((root / "tracks.json").read_text(encoding="utf-8"))
+    return read_json(root / "tracks.json")
 
 
 def at(log: Log, section: str) -> str:
@@ -197,12 +196,7 @@ class Record:
 
 
 def read_record(path: Path) -> Record:
-    try:
-        said = json.loads((path / "record.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path / 'record.json'}: missing or not JSON ({error})") from error
-    if not isinstance(said, dict):
-        raise InputError(f"{path / 'record.json'}: not a record's, which is a mapping")
+    said = read_json(path / "record.json")
     missing = [key for key in ("track", "name", "date", "contributors", "declared_runs", "measured") if key not in said]
     if missing:
         raise InputError(f"{path / 'record.json'}: no {', '.join(missing)}")

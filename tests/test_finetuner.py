@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -825,6 +826,57 @@ def test_glue_runs_what_is_there_and_hands_mnli_over(base, tmp_path, capsys):
     assert header.startswith("| model | MNLI-m |") and row.startswith("| pretrained | ")
     with pytest.raises(InputError, match="run finetuner.py --task mnli first"):
         finetuner.mnli_model(tmp_path, "somebody/else")
+
+
+KILLED = """
+import os, signal, sys
+import finetuner
+
+MOMENTS = [(finetuner, "save_folder"), (finetuner.TaskRuns, "keep"), (finetuner.TaskRuns, "finish"), (os, "replace")]
+MOMENTS += [(finetuner.TaskRuns, "write_predictions"), (finetuner.Training, "run"), (finetuner.Finetuner, "close")]
+
+def run(left):
+    def struck(work):
+        def count(*arguments, **named):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return work(*arguments, **named)
+        return count
+    for owner, name in MOMENTS:
+        setattr(owner, name, struck(getattr(owner, name)))
+    finetuner.main(sys.argv[1:])
+
+for left in range(1, 100, 2):
+    if not (child := os.fork()):
+        run(left)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code != -signal.SIGKILL:
+        sys.exit(f"{left // 2} kills" if code == 0 else code)
+"""
+
+
+def test_all_of_glue_killed_again_and_again_gives_the_same_table(base, tmp_path):
+    rte = ("sentence1", "sentence2")
+    mnli = {"train": pairs_of("premise", "hypothesis", 24, 3, 1), "test": pairs_of("premise", "hypothesis", 5, 0, 3)}
+    for part in ("validation_matched", "validation_mismatched"):
+        mnli[part] = pairs_of("premise", "hypothesis", 9, 3, 2)
+    write_jsonl(tmp_path / "glue" / "mnli", **mnli)
+    write_jsonl(tmp_path / "glue" / "rte", train=pairs_of(*rte, 16, 2, 1), validation=pairs_of(*rte, 8, 2, 2))
+    few = {"data_dataset": tmp_path / "glue", "train_seeds": 2, "train_resume": "true"}
+    whole = go(base, tmp_path / "whole", "glue", **few)
+    ended = run_python("-c", KILLED, *flags(base, tmp_path / "killed", "glue", **few))
+    assert int(re.fullmatch(r"(\d+) kills\n", ended.stderr.splitlines(True)[-1])[1]) > 3, ended.stderr
+    killed = tmp_path / "killed" / "run"
+    for part in (".", "mnli", "rte"):
+        ours, theirs = report_of(killed / part), report_of(whole / part)
+        for name in ("scores", "results", "splits"):
+            assert ours.get(name) == theirs.get(name)
+    assert read_log(killed).named("result", "finished")
+    for path in whole.glob("*/predictions/*"):
+        assert path.read_bytes() == (killed / path.relative_to(whole)).read_bytes()
 
 
 def test_from_hub_to_hub(base, tmp_path):
