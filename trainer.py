@@ -152,6 +152,7 @@ class TrainConfig:
     seed: int = option(1, "of initial weights, order of data and masks")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to train; auto: on GPUs where there are any")
     compile: bool = option(True, "torch.compile; where that cannot work, a run says so and is eager")
+    deterministic: bool = option(False, "on a GPU, kernels that give the same bits each time, or an error")
     timeout_minutes: PositiveFloat = option(10.0, "minutes that ranks wait for each other before they give up")
     hf_model_name: str | None = option(None, "USER/NAME on the Hub: checkpoints as branches, the model as main")
     hub_minutes: PositiveFloat = option(2.0, "minutes that the Hub may be silent before an upload is given up")
@@ -881,6 +882,9 @@ class Run:
         train, process = self.train, self.process
         torch.manual_seed(train.seed)
         torch.set_float32_matmul_precision("high")
+        if train.deterministic and process.device.type == "cuda" and not os.environ.get("CUBLAS_WORKSPACE_CONFIG"):
+            raise InputError("--train.deterministic true needs `export CUBLAS_WORKSPACE_CONFIG=:4096:8`")
+        torch.use_deterministic_algorithms(train.deterministic)
         self.config = model_config(self.manifest["tokenizer"], self.data.max_length, self.model_values)
         self.objective = make_objective(self.config, train, self.data.max_length)
         self.network, self.flops_counted_by = self.objective.network, self.objective.flops_counted_by

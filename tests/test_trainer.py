@@ -373,6 +373,19 @@ def test_a_resumed_run_is_bit_identical_to_one_never_stopped(corpus, finished, t
     assert losses(tmp_path / "killed", "train_loss") == losses(finished, "train_loss")
 
 
+def test_a_deterministic_run_is_bit_identical_and_needs_a_setting_of_cublas(corpus, finished, tmp_path, monkeypatch):
+    main(flags(corpus, tmp_path, "same", "--train.deterministic true"))
+    assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    model = "model/model.safetensors"
+    assert (tmp_path / "same" / model).read_bytes() == (finished / model).read_bytes()
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    process = types.SimpleNamespace(device=torch.device("cuda"))
+    run = types.SimpleNamespace(process=process, train=TrainConfig(deterministic=True))
+    with pytest.raises(InputError, match="needs `export CUBLAS_WORKSPACE_CONFIG=:4096:8`"):
+        trainer.Run.build_model(run)
+
+
 def test_checkpoints_ahead_of_the_one_resumed_are_set_aside(corpus, finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "back")
     saved = tmp_path / "back" / "checkpoints"
