@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import finetuner
@@ -58,8 +59,12 @@ def sound(tmp_path_factory, word_tokenizer) -> Path:
     trainer.main(flags("data", "logs", "pretrained", SMALL))
     rows = [{"text": " ".join(TEXT.split()[i % 9 :]), "label": i % 2} for i in range(40)]
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script(train_tokenizer.main, *TEXTS, "--vocab_size", 262, "--valid_fraction", 0, "--out", "tokenizer")
     finetuner.main(FINETUNING)
     (root / "logs" / "tuned" / "metrics.json").unlink()
+    for path in ("resumed/resume_0of1.npz", "done/manifest.json"):
+        Path(path).parent.mkdir()
+        np.savez(path, state="{}") if path.endswith("npz") else Path(path).write_text("{}")
     (source,) = (ROOT / "records" / "sample-cpu").glob("*_two-layers")
     shutil.copytree(source, root / "repository" / "records" / "sample-cpu" / source.name)
     shutil.copy(ROOT / "records" / "tracks.json", root / "repository" / "records")
@@ -106,12 +111,19 @@ COMMANDS = {  # in a folder like `sound`: what is run, and the files that it rea
         ["rows.jsonl"],
     ),
     "pack_fineweb_edu": (
-        partial(script, pack_fineweb_edu.main, *TEXTS, "--tokenizer", "data/tokenizer"),
-        ["rows.jsonl", *TOKENIZER],
+        partial(script, pack_fineweb_edu.main, *TEXTS, "--tokenizer", "tokenizer"),
+        ["rows.jsonl", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"],
     ),
+    **{
+        f"pack_fineweb_edu --out {out}": (
+            partial(script, pack_fineweb_edu.main, *TEXTS, "--out", out, "--tokenizer", "tokenizer"),
+            [path],
+        )
+        for out, path in (("resumed", "resumed/resume_0of1.npz"), ("done", "done/manifest.json"))
+    },
     "pack_mnli": (
-        partial(script, pack_mnli.main, *LABELLED, "--tokenizer", "data/tokenizer"),
-        ["rows.jsonl", *TOKENIZER],
+        partial(script, pack_mnli.main, *LABELLED, "--tokenizer", "tokenizer"),
+        ["rows.jsonl", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"],
     ),
     "plot": (
         partial(script, plot.main, "logs/pretrained"),
