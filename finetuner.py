@@ -65,6 +65,7 @@ from trainer import (
     SAMPLE,
     HubPusher,
     Process,
+    is_finished,
     join_processes,
     locate_data,
     lr_factor,
@@ -1082,19 +1083,14 @@ def mnli_model(out: Path, base: str) -> str:
 # The command
 
 
-def is_finished(run: Path) -> bool:
-    """Whether it has its report, and its log the result, which is written after it."""
-    log = run / "log.txt"
-    return (run / "metrics.json").exists() and log.exists() and b"\n=== result\n" in log.read_bytes()
-
-
 def claim_folder(train: FinetuneConfig, settings: dict, task: str) -> Path:
     """A new folder for the run, or that of the unfinished one it continues. settings: what config.yaml holds."""
     out = Path(train.out)
     folder = out / (train.run_name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{task}")
     taken = (folder / "config.yaml").exists()
     if train.resume:
-        unfinished = [path.parent for path in out.glob("*/config.yaml") if not is_finished(path.parent)]
+        runs = [path.parent for path in out.glob("*/config.yaml")]
+        unfinished = [run for run in runs if not is_finished(run, "metrics.json")]
         same = [path for path in unfinished if read_settings(path) == settings]
         if taken and folder not in same:
             raise InputError(

@@ -568,10 +568,10 @@ def damage_of(checkpoint: Path) -> str | None:
     return None
 
 
-def is_finished(run: Path) -> bool:
-    """Whether it has its model, and its log the result, which is written last."""
+def is_finished(run: Path, product: str = "model") -> bool:
+    """Whether it has what it makes, and its log the result, which is written last."""
     log = run / "log.txt"
-    return (run / "model").exists() and log.exists() and b"\n=== result\n" in log.read_bytes()
+    return (run / product).exists() and log.exists() and b"\n=== result\n" in log.read_bytes()
 
 
 def find_checkpoint(resume: str, out: Path, run_name: str | None, start_afresh: bool = False) -> Path | None:
@@ -662,7 +662,7 @@ class HubPusher:
             try:
                 future.result()
                 if folder.parent.name == TO_PUSH:
-                    shutil.rmtree(folder)
+                    shutil.rmtree(folder, ignore_errors=True)  # gone already, if a resumed run pushed it twice
             except Exception as error:
                 said = f"warning: pushing {folder} to {self.name} failed ({self.why(error)})"
                 print(f"{said}\n{self.command(folder, revision)}")
