@@ -84,6 +84,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no names with values in it")
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: missing or not JSON ({error})") from error
+    return found
+
+
 def read_manifest(directory: Path) -> dict:
     """The manifest of a folder of shards, checked against the files it names.
 
@@ -103,7 +113,8 @@ def read_manifest(directory: Path) -> dict:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         check_manifest(manifest)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not a manifest ({error!r}): delete it and build the data again") from error
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{path} is not a manifest ({said}): delete it and build the data again") from error
     shards, vocab_size = manifest["shards"], manifest["tokenizer"]["vocab_size"]
     if vocab_size > MAX_VOCAB_SIZE:
         raise InputError(

@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import ModelOutput
@@ -44,7 +46,7 @@ from transformers.utils import ModelOutput
 from data.blimp import Pairs
 from data.examples import MissingData, Split
 from data.tasks import GLUE, TASKS, Data, Kind, read_data
-from dataloading import InputError, first_line, sha256_of
+from dataloading import InputError, first_line, read_json, sha256_of
 from model import (
     KBERTConfig,
     KBERTForMaskedLM,
@@ -63,6 +65,7 @@ from trainer import (
     SAMPLE,
     HubPusher,
     Process,
+    is_finished,
     join_processes,
     locate_data,
     lr_factor,
@@ -102,6 +105,7 @@ class FinetuneConfig:
     """What is trained, for how long, how fast, and what is kept."""
 
     base_model: str | None = option(None, "folder or Hub id of an encoder; none: the newest finished pretraining run")
+    trust_remote_code: bool = option(False, "run the code that a base model brings along, if it is not a KBERT")
     epochs: PositiveFloat = option(3.0, "passes over train, at most")
     batch_size: PositiveInt = option(32, "examples in an optimizer step, over all ranks")
     optimizer: Literal["auto", "muon", "adamw"] = option("auto", "auto: muon for a KBERT, adamw for other encoders")
@@ -126,12 +130,14 @@ class FinetuneConfig:
     compare_random: bool = option(False, "also finetune the same shape from random weights")
     row_tokens: PositiveInt | None = option(None, "tokens in one forward; none: 4096 on a CPU, 16384 on a GPU")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to train; auto: on GPUs where there are any")
+    timeout_minutes: PositiveFloat = option(10.0, "minutes that ranks wait for each other before they give up")
     compile: bool = option(True, "torch.compile: on a GPU, and on a CPU that trains on 3 million tokens or more")
     log_every: PositiveInt = option(20, "steps between lines of the log")
     resume: bool = option(False, "continue the newest unfinished run of the same settings, or --train.run_name")
     out: str = option("logs", "folder of runs")
     run_name: str | None = option(None, "folder of this run within out; none: date, time and task")
     hf_model_name: str | None = option(None, "USER/NAME on the Hub to push to; of --task glue a branch for each task")
+    hub_minutes: PositiveFloat = option(2.0, "minutes that the Hub may be silent before an upload is given up")
 
 
 PRESETS = {
@@ -222,6 +228,7 @@ class Base:
     config: dict
     tokenizer: PreTrainedTokenizerFast
     max_length: int  # tokens that an example may have
+    trusted: bool = False  # whether its own code may be run
 
     @property
     def title(self) -> str:
@@ -234,7 +241,7 @@ def newest_run(out: Path, preset: str) -> Path:
     found = []
     for path in out.glob("*/model/config.json"):
         pretrained = {"KBERTForMaskedLM", "KBERTForReplacedTokenDetection"}
-        pretrained &= set(json.loads(path.read_text()).get("architectures") or [])
+        pretrained &= set(read_json(path).get("architectures") or [])
         if pretrained and preset in ("base", read_settings(path.parents[1]).get("preset")):
             found.append(path)
     if not found:
@@ -245,23 +252,31 @@ def newest_run(out: Path, preset: str) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
-def open_base(name: str, max_length: int | None) -> Base:
+def open_base(name: str, max_length: int | None, trusted: bool = False) -> Base:
     try:
         config, _ = PretrainedConfig.get_config_dict(name)
         if not config:
             raise OSError("it has no config.json")
         kbert = config.get("model_type") == "kbert"
-        tokenizer = (PreTrainedTokenizerFast if kbert else AutoTokenizer).from_pretrained(name)
-    except (OSError, ValueError) as error:
+        if kbert:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
+        else:
+            AutoConfig.from_pretrained(name, trust_remote_code=trusted)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
+    except Exception as error:  # whatever transformers makes of files that are damaged
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{name} brings code of its own, which is not run: read it, then give --train.trust_remote_code true"
+            ) from error
         raise InputError(
-            f"cannot open the base model {name} ({str(error).strip().splitlines()[0]}): "
+            f"cannot open the base model {name} ({first_line(error)}): "
             "give --train.base_model a folder with config.json, weights and tokenizer, or a Hub id"
         ) from error
     if not tokenizer.is_fast:
         raise InputError(f"the tokenizer of {name} has no tokenizer.json: save it as a fast tokenizer first")
     limit = config.get("max_position_embeddings") or 512
     tokenizer.model_max_length = min(max_length or 512, limit)
-    return Base(name, kbert, config, tokenizer, tokenizer.model_max_length)
+    return Base(name, kbert, config, tokenizer, tokenizer.model_max_length, trusted)
 
 
 def build_model(base: Base, kind: Kind, seed: int, random: bool = False, pooling: str | None = None) -> nn.Module:
@@ -276,9 +291,9 @@ def build_model(base: Base, kind: Kind, seed: int, random: bool = False, pooling
         config, cls = KBERTConfig.from_dict(kept | settings), HEADS[kind.head]
         fresh = cls
     else:
-        config = AutoConfig.from_pretrained(base.name, **settings)
+        config = AutoConfig.from_pretrained(base.name, trust_remote_code=base.trusted, **settings)
         cls = getattr(transformers, f"AutoModelFor{kind.head}")
-        fresh = cls.from_config
+        fresh = partial(cls.from_config, trust_remote_code=base.trusted)
     whole = "train" not in kind.required_splits
     return fresh(config) if random else load_pretrained(cls, base, config, whole)
 
@@ -289,9 +304,10 @@ def load_pretrained(cls: type, base: Base, config: PretrainedConfig, whole: bool
     whole: the head must be there too.
     """
     how = {"ignore_mismatched_sizes": True, "dtype": torch.float32, "output_loading_info": True}
+    how |= {} if base.kbert else {"trust_remote_code": base.trusted}
     try:
         model, loading = cls.from_pretrained(base.name, config=config, **how)
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
             f"cannot load the weights of {base.name} ({first_line(error)}): give --train.base_model a finished model"
         ) from error
@@ -810,7 +826,19 @@ class TaskRuns:
 
     def read_done(self) -> list[dict]:
         record = self.folder / "runs.jsonl"
-        return [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+        if not record.exists():
+            return []
+        whole, _, torn = record.read_bytes().rpartition(b"\n")
+        if torn:  # by a kill: that run is run again
+            os.truncate(record, len(whole) + bool(whole))
+        try:
+            runs = [json.loads(line) for line in whole.decode().splitlines()]
+            for run in runs:
+                run["start"], run["settings"], run["metrics"], run["score"], run["best_step"], run["steps"]
+        except (LookupError, TypeError, ValueError) as error:
+            said = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(f"{record} is damaged ({said}): without it its runs are run again") from error
+        return runs
 
     def train(self, start: str, cell: FinetuneConfig, settings: dict, label: str) -> None:
         data, process = self.data, self.process
@@ -865,7 +893,7 @@ class TaskRuns:
         unlabelled = [split for split in data.splits if split != "train" and split not in data.labelled]
         if not unlabelled:
             return {}
-        chosen = open_base(str(self.folder / "model"), self.base.max_length)
+        chosen = open_base(str(self.folder / "model"), self.base.max_length, self.base.trusted)
         self.load(build_model(chosen, data.kind, seed=0))
         _, predictions = evaluate(self.net, data, unlabelled, self.process)
         return predictions
@@ -883,9 +911,7 @@ class TaskRuns:
         self.log.section(f"results {self.data.name}", results_table(report["results"]), echo=True)
         if self.data.trains:
             self.log.write(f"model: {self.folder / 'model'}")
-        temporary = self.folder / "metrics.json.tmp"
-        temporary.write_text(json.dumps(report, indent=1))
-        os.replace(temporary, self.folder / "metrics.json")  # last: a folder with it is finished
+        write_report(self.folder, report)
         return report
 
     def best_run(self, start: str) -> dict:
@@ -945,6 +971,13 @@ class TaskRuns:
         card = ModelCard.from_template(data, template_str=MODEL_CARD, rows=rows, **said)
         folder = self.folder / "model" if self.data.trains else self.folder
         (folder / "README.md").write_text(f"{card}\n", encoding="utf-8")
+
+
+def write_report(folder: Path, report: dict) -> None:
+    """metrics.json, at once and last: what has it is finished."""
+    temporary = folder / "metrics.json.tmp"
+    temporary.write_text(json.dumps(report, indent=1))
+    os.replace(temporary, folder / "metrics.json")
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -1040,7 +1073,7 @@ def mnli_model(out: Path, base: str) -> str:
     """model/ of the newest finished MNLI run from the same base model."""
     found = []
     for path in [*out.glob("*/metrics.json"), *out.glob("*/mnli/metrics.json")]:
-        report = json.loads(path.read_text())
+        report = read_json(path)
         if (report.get("task"), report.get("base_model")) == ("mnli", base):
             found.append(path)
     if not found:
@@ -1061,7 +1094,8 @@ def claim_folder(train: FinetuneConfig, settings: dict, task: str) -> Path:
     folder = out / (train.run_name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{task}")
     taken = (folder / "config.yaml").exists()
     if train.resume:
-        unfinished = [path.parent for path in out.glob("*/config.yaml") if not (path.parent / "metrics.json").exists()]
+        runs = [path.parent for path in out.glob("*/config.yaml")]
+        unfinished = [run for run in runs if not is_finished(run, "metrics.json")]
         same = [path for path in unfinished if read_settings(path) == settings]
         if taken and folder not in same:
             raise InputError(
@@ -1094,7 +1128,7 @@ class Finetuner:
         self.base_name = self.train.base_model or process.on_main(lambda: str(newest_run(self.out, preset)))
         self.base = self.open_base(self.base_name)
         self.repeat = self.settings_to_repeat(settings)
-        self.hub = HubPusher(self.train.hf_model_name) if self.train.hf_model_name else None
+        self.hub = HubPusher(self.train.hf_model_name, self.train.hub_minutes) if self.train.hf_model_name else None
 
     def settings_to_repeat(self, settings: dict) -> dict:
         """config.yaml: not the run's place, nor what the protocol's grid ranges over, which it would fix."""
@@ -1119,7 +1153,8 @@ class Finetuner:
             self.close(reports)
 
     def open_base(self, name: str) -> Base:
-        return self.process.on_main(lambda: open_base(name, self.data.max_length))
+        trusted = self.train.trust_remote_code
+        return self.process.on_main(lambda: open_base(name, self.data.max_length, trusted))
 
     def read(self, task: str, base: Base) -> Data:
         data = self.data
@@ -1178,7 +1213,7 @@ class Finetuner:
 
     def finished(self, task: str) -> dict | None:
         metrics = self.folder / task / "metrics.json"
-        return self.process.on_main(lambda: json.loads(metrics.read_text()) if metrics.exists() else None)
+        return self.process.on_main(lambda: read_json(metrics) if metrics.exists() else None)
 
     def write_row(self, reports: dict[str, dict]) -> None:
         scores = glue_scores({task: report["results"]["pretrained"] for task, report in reports.items()})
@@ -1186,7 +1221,7 @@ class Finetuner:
         self.log.section("glue", f"{said}\n{glue_row(self.base.title, scores)}", echo=True)
         report = {"task": "glue", "base_model": self.base_name, "protocol": self.repeat["protocol"]}
         report |= {"scores": scores, "tasks": list(reports)}
-        (self.folder / "metrics.json").write_text(json.dumps(report, indent=1))
+        write_report(self.folder, report)
 
     def close(self, reports: dict[str, dict]) -> None:
         result = {"run": str(self.folder), "finished": True}
@@ -1218,7 +1253,8 @@ def main(argv: list[str] | None = None) -> None:
     code = read_code(MODULES)
     argv = sys.argv[1:] if argv is None else argv
     settings, given = read_flags(argv)
-    with join_processes(settings["train"]["device"]) as process:
+    train = settings["train"]
+    with join_processes(train["device"], train["timeout_minutes"]) as process:
         Finetuner(process, settings, given, ["finetuner.py", *argv], code).run()
 
 

@@ -152,8 +152,10 @@ class TrainConfig:
     seed: int = option(1, "of initial weights, order of data and masks")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to train; auto: on GPUs where there are any")
     compile: bool = option(True, "torch.compile; where that cannot work, a run says so and is eager")
+    deterministic: bool = option(False, "on a GPU, kernels that give the same bits each time, or an error")
     timeout_minutes: PositiveFloat = option(10.0, "minutes that ranks wait for each other before they give up")
     hf_model_name: str | None = option(None, "USER/NAME on the Hub: checkpoints as branches, the model as main")
+    hub_minutes: PositiveFloat = option(2.0, "minutes that the Hub may be silent before an upload is given up")
     wandb_project: str | None = option(None, "Weights & Biases project to report to (needs `pip install wandb`)")
 
     def __post_init__(self):
@@ -287,8 +289,12 @@ def write_settings(folder: Path, settings: dict) -> None:
 
 
 def read_settings(folder: Path) -> dict:
-    path = folder / "config.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """What a run's config.yaml says; {} where it is missing or damaged."""
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -411,13 +417,28 @@ def join_processes(device: str = "auto", timeout_minutes: float = 10) -> Iterato
         # torchrun sets OMP_NUM_THREADS=1 for several processes.
         torch.set_num_threads(max(1, usable_cores() // local_world_size))
         keep_freed_memory()
-    if world_size > 1:
-        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-        dist.all_reduce(torch.zeros(1, device=place))  # NCCL takes its memory now, before a row is tried for size
-    yield Process(rank, world_size, place)
+    try:
+        if world_size > 1:
+            join_group(place, rank, world_size, timedelta(minutes=timeout_minutes))
+        yield Process(rank, world_size, place)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        raise InputError(
+            f"rank {rank} waits in vain for the others ({first_line(error)}): one is gone, or has not answered for the "
+            f"{timeout_minutes:g} minutes of --train.timeout_minutes; resume the run"
+        ) from error
     if world_size > 1:
         dist.destroy_process_group()
+
+
+def join_group(place: torch.device, rank: int, world_size: int, timeout: timedelta) -> None:
+    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun's store outlives a restart: without a prefix, ranks may wait at addresses of those gone (pytorch#135712)
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    dist.all_reduce(torch.zeros(1, device=place))  # NCCL takes its memory now, before a row is tried for size
 
 
 def choose_cuda(device: str) -> bool:
@@ -547,10 +568,10 @@ def damage_of(checkpoint: Path) -> str | None:
     return None
 
 
-def is_finished(run: Path) -> bool:
-    """Whether it has its model, and its log the result, which is written last."""
+def is_finished(run: Path, product: str = "model") -> bool:
+    """Whether it has what it makes, and its log the result, which is written last."""
     log = run / "log.txt"
-    return (run / "model").exists() and log.exists() and b"\n=== result\n" in log.read_bytes()
+    return (run / product).exists() and log.exists() and b"\n=== result\n" in log.read_bytes()
 
 
 def find_checkpoint(resume: str, out: Path, run_name: str | None, start_afresh: bool = False) -> Path | None:
@@ -598,9 +619,10 @@ class RunFinished(InputError):
 class HubPusher:
     """Uploads folders of a run. What could not be uploaded stays on disk, with the command that uploads it later."""
 
-    def __init__(self, name: str):
-        self.name = name
-        self.pending: list[tuple[Path, str, Future | None]] = []
+    def __init__(self, name: str, minutes: float):
+        """minutes: that the Hub may be silent."""
+        self.name, self.minutes = name, minutes
+        self.pending: list[tuple[Path, str, Future]] = []
 
     def check(self) -> None:
         """Token and name, before training starts, not after. Raises InputError."""
@@ -608,43 +630,58 @@ class HubPusher:
 
         self.api = HfApi()
         try:
+            self.limit()
             self.api.whoami()
             self.api.create_repo(self.name, exist_ok=True)
         except Exception as error:  # whatever the Hub or the network has to say
             raise InputError(
-                f"cannot push to {self.name} on the Hugging Face Hub ({type(error).__name__}: {first_line(error)}): "
+                f"cannot push to {self.name} on the Hugging Face Hub ({type(error).__name__}: {self.why(error)}): "
                 "run `hf auth login` with a token that may write there, or drop --train.hf_model_name"
             ) from error
 
+    def limit(self) -> None:
+        """Of its own, the client waits for an answer for ever."""
+        from huggingface_hub import get_session
+
+        get_session().timeout = 60 * self.minutes
+
     def push(self, folder: Path, revision: str) -> None:
         """Starts uploading; the folder is the pusher's from now on."""
-        future = None
-        try:
-            if revision != "main":
-                self.api.create_branch(self.name, branch=revision, exist_ok=True)
-            target = {"repo_id": self.name, "revision": revision, "commit_message": f"KBERT {revision}"}
-            future = self.api.upload_folder(folder_path=folder, run_as_future=True, **target)
-        except Exception as error:
-            self.warn(folder, error)
-        self.pending.append((folder, revision, future))
+        self.pending.append((folder, revision, self.api.run_as_future(self.upload, folder, revision)))
+
+    def upload(self, folder: Path, revision: str) -> None:
+        self.limit()
+        target = {"repo_id": self.name, "revision": revision, "commit_message": f"KBERT {revision}"}
+        if revision != "main":
+            self.api.create_branch(self.name, branch=revision, exist_ok=True)
+        self.api.upload_folder(folder_path=folder, **target)
 
     def finish(self) -> None:
         """Waits for the uploads, and prints a command for each that failed."""
         for folder, revision, future in self.pending:
             try:
-                if future is None:
-                    raise ConnectionError("the upload never started")
                 future.result()
-                if folder.parent.name == "to_push":
-                    shutil.rmtree(folder)
+                if folder.parent.name == TO_PUSH:
+                    shutil.rmtree(folder, ignore_errors=True)  # gone already, if a resumed run pushed it twice
             except Exception as error:
-                self.warn(folder, error)
-                command = shlex.join(["hf", "upload", self.name, str(folder), ".", "--revision", revision])
-                print(f"not pushed, kept on disk; push it later with:  {command}")
+                said = f"warning: pushing {folder} to {self.name} failed ({self.why(error)})"
+                print(f"{said}\n{self.command(folder, revision)}")
         self.pending.clear()
 
-    def warn(self, folder: Path, error: Exception) -> None:
-        print(f"warning: pushing {folder} to {self.name} failed ({first_line(error)})", file=sys.stderr)
+    def why(self, error: Exception) -> str:
+        silent = "Timeout" in type(error).__name__
+        return f"no answer for the {self.minutes:g} minutes of --train.hub_minutes" if silent else first_line(error)
+
+    def command(self, folder: Path, revision: str) -> str:
+        command = shlex.join(["hf", "upload", self.name, str(folder), ".", "--revision", revision])
+        return f"not pushed, kept on disk; push it later with:  {command}"
+
+
+TO_PUSH = "to_push"  # of a run: what the Hub does not have yet, by the names of branches
+
+
+def unpushed(run: Path) -> list[Path]:
+    return sorted(path for path in (run / TO_PUSH).glob("*") if path.suffix != ".tmp")
 
 
 MODEL_CARD = """---
@@ -807,16 +844,26 @@ class Run:
             except ImportError as error:
                 raise InputError("--train.wandb_project needs the package wandb: run `pip install wandb`") from error
             self.wandb = wandb
-        self.hub = HubPusher(self.train.hf_model_name) if self.train.hf_model_name else None
+        self.hub = HubPusher(self.train.hf_model_name, self.train.hub_minutes) if self.train.hf_model_name else None
         if self.hub:
-            self.process.on_main(self.hub.check)
+            self.process.on_main(self.open_hub)
+
+    def open_hub(self) -> None:
+        """With what a run that was killed left to push."""
+        self.hub.check()
+        for path in unpushed(self.folder):
+            self.hub.push(path, path.name)
 
     def claim_folder(self) -> tuple[Path | None, Path, dict | None]:
         """The checkpoint to resume, the run's folder, and what the checkpoint's state.json says."""
         train, out = self.train, Path(self.train.out)
         folder = out / (train.run_name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{self.preset}")
         if train.resume == "auto" and is_finished(folder):
-            raise RunFinished(f"{folder} is finished: to train on, give --train.resume one of its checkpoints")
+            said = [f"{folder} is finished: to train on, give --train.resume one of its checkpoints"]
+            if train.hf_model_name:
+                hub = HubPusher(train.hf_model_name, train.hub_minutes)
+                said += [hub.command(path, path.name) for path in unpushed(folder)]
+            raise RunFinished("\n".join(said))
         checkpoint = None
         if train.resume:
             checkpoint = find_checkpoint(train.resume, out, train.run_name, train.start_afresh)
@@ -838,6 +885,9 @@ class Run:
         train, process = self.train, self.process
         torch.manual_seed(train.seed)
         torch.set_float32_matmul_precision("high")
+        if train.deterministic and process.device.type == "cuda" and not os.environ.get("CUBLAS_WORKSPACE_CONFIG"):
+            raise InputError("--train.deterministic true needs `export CUBLAS_WORKSPACE_CONFIG=:4096:8`")
+        torch.use_deterministic_algorithms(train.deterministic)
         self.config = model_config(self.manifest["tokenizer"], self.data.max_length, self.model_values)
         self.objective = make_objective(self.config, train, self.data.max_length)
         self.network, self.flops_counted_by = self.objective.network, self.objective.flops_counted_by
@@ -1132,8 +1182,14 @@ class Run:
     def keep_model(self, folder: Path) -> None:
         save_folder(folder, self.write_parts)
         if self.hub:
-            self.hub.push(folder, folder.name)
+            self.hub.push(self.to_push(folder, folder.name), folder.name)
         self.log.section("saved", str(folder), echo=True)
+
+    def to_push(self, folder: Path, revision: str) -> Path:
+        """A copy, which is there until the Hub has it."""
+        copy = self.folder / TO_PUSH / revision
+        save_folder(copy, lambda into: shutil.copytree(folder, into, dirs_exist_ok=True))
+        return copy
 
     def write_parts(self, into: Path) -> None:
         for name, (model, weights) in self.objective.parts().items():
@@ -1186,7 +1242,7 @@ class Run:
         for old in checkpoints_of(self.folder)[: -self.train.keep_checkpoints]:
             shutil.rmtree(old)
         if self.hub and push:
-            copy = self.folder / "to_push" / folder.name
+            copy = self.folder / TO_PUSH / folder.name
             model, weights = self.objective.parts()[""]
             save_folder(copy, lambda into: save_model(into, model, self.tokenizer, weights))
             self.hub.push(copy, folder.name)
@@ -1203,6 +1259,8 @@ class Run:
     def write_result(self) -> None:
         for part in self.objective.parts():
             save_folder(self.folder / (part or "model"), partial(self.write_model, part))
+            if self.hub:
+                self.to_push(self.folder / (part or "model"), part or "main")
         result = {
             "run": str(self.folder),
             "step": self.step,
@@ -1253,7 +1311,7 @@ class Run:
         self.log.bar.close()
         if finished:
             for part in self.objective.parts() if self.hub else ():
-                self.hub.push(self.folder / (part or "model"), part or "main")
+                self.hub.push(self.folder / TO_PUSH / (part or "main"), part or "main")
             self.print_summary()
         else:
             print(f"stopped at step {self.step}; continue with --train.resume auto")

@@ -88,9 +88,10 @@ def read_files(path: Path) -> dict:
 
     Raises MissingData for a folder without data, InputError for a file that cannot be read.
     """
-    from datasets import disable_progress_bars, load_dataset
+    from datasets import disable_progress_bars, load_dataset, logging
 
     disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)  # what it logs of a file that it cannot read is said below
     files = collections.defaultdict(list)
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if reader := next((READERS[suffix] for suffix in file.suffixes if suffix in READERS), None):
@@ -171,6 +172,13 @@ def read_labels(tables: dict, column: str, own: bool) -> dict[str, list]:
     for split, rows in tables.items():
         values = list(rows[column]) if column in rows.column_names else [None] * len(rows)
         values = [tidy_label(value) for value in values]
+        kinds = {float if isinstance(value, int) else type(value) for value in values if value is not None}
+        if len(kinds) > 1 or kinds & {list, dict}:
+            names = ", ".join(sorted(kind.__name__ for kind in kinds))
+            raise InputError(
+                f"split {split}: the labels in column {column} are of the kinds {names}: "
+                "write all as numbers or all as text"
+            )
         missing = {None} if own and set(values) - {-1, None} else {None, -1}
         labels[split] = [None if value in missing else value for value in values]
     return labels
@@ -193,9 +201,10 @@ def number_classes(labels: dict[str, list], names: list[str] | None) -> tuple[di
         number = {key: i for i, name in enumerate(names) for key in (i, name)}
     for split, values in found.items():
         if unknown := sorted(map(str, values - number.keys())):
+            more = f" and {len(names) - 10} others" if len(names) > 10 else ""
             raise InputError(
-                f"split {split} has the label {unknown[0]}, which is none of the classes {', '.join(names)}: "
-                "check --data.label"
+                f"split {split} has the label {unknown[0]}, which is none of the classes "
+                f"{', '.join(names[:10])}{more}: check --data.label"
             )
     number[None] = -1
     return {split: np.array([number[value] for value in values]) for split, values in labels.items()}, names

@@ -42,9 +42,19 @@ from data.train_tokenizer import (
     describe_split,
     open_source,
     read_texts,
+    reading,
     split_of,
 )
-from dataloading import InputError, in_background, read_manifest, sha256_of, usable_cores, write_manifest, write_shard
+from dataloading import (
+    InputError,
+    in_background,
+    read_json,
+    read_manifest,
+    sha256_of,
+    usable_cores,
+    write_manifest,
+    write_shard,
+)
 
 SPLITS = ("train", "valid", "test")
 
@@ -133,8 +143,9 @@ class ShardWriter:
         os.replace(path.with_suffix(".tmp"), path)
 
     def restore(self, path: Path, settings: dict) -> list:
-        saved = np.load(path)
-        state = json.loads(str(saved["state"]))
+        with reading(f"{path}, which says where to go on (without it packing starts again)"):
+            saved = dict(np.load(path))
+            state = json.loads(str(saved["state"]))
         check_settings(path, state["settings"], settings)
         if "words" not in state:
             raise InputError(f"{path} was left by an earlier version: choose another --out, or delete that folder")
@@ -179,7 +190,7 @@ def merge_parts(out: Path, parts: int) -> bool:
     paths = [out / f"manifest_part_{part}of{parts}.json" for part in range(parts)]
     if not all(path.exists() for path in paths):
         return False
-    manifests = [json.loads(path.read_text()) for path in paths]
+    manifests = [read_json(path) for path in paths]
     for path, manifest in zip(paths, manifests):
         check_settings(path, manifest, {key: value for key, value in manifests[0].items() if key != "shards"})
     shards = {name: entry for manifest in manifests for name, entry in manifest["shards"].items()}
@@ -198,7 +209,7 @@ def pack_source(args: argparse.Namespace, part: int, parts: int, tokenizer: dict
     name = "manifest.json" if parts == 1 else f"manifest_part_{part}of{parts}.json"
 
     if (args.out / name).exists():
-        check_settings(args.out / name, json.loads((args.out / name).read_text()), settings)
+        check_settings(args.out / name, read_json(args.out / name), settings)
         print(f"{args.out / name}: done already")
     else:
         writer = ShardWriter(args.out, prefix, args.shard_size, tokenizer["cls"], tokenizer["sep"], part, parts)

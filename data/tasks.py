@@ -213,7 +213,13 @@ class Number(Kind):
 
     def number_labels(self, labels: dict[str, list], names: list[str] | None) -> dict[str, np.ndarray]:
         self.classes = ["score"]
-        return {split: np.array(values, dtype=np.float64) for split, values in labels.items()}
+        try:
+            numbers = {split: np.array(values, dtype=np.float64) for split, values in labels.items()}
+        except (TypeError, ValueError) as error:
+            raise InputError(f"a label in column {self.settings.label} is no number ({error}): check it") from error
+        if any(np.isinf(values).any() for values in numbers.values()):
+            raise InputError(f"a label in column {self.settings.label} is infinite: check it")
+        return numbers
 
     def prepare(self, model: nn.Module, train: Split) -> None:
         """Or the head spends its steps on learning the mean."""
@@ -487,6 +493,8 @@ def hold_out(tables: dict, validation: str | None) -> list[str]:
     if "train" not in tables or any(split.startswith("validation") or split == validation for split in tables):
         return []
     train = tables["train"]
+    if len(train) < 2:
+        raise InputError("train has one row, and none can be held out to choose by: write more, or a validation split")
     held = train.train_test_split(test_size=min(2000, math.ceil(len(train) / 10)), seed=0)
     tables |= {"train": held["train"], "validation": held["test"]}
     return [f"no validation split: {len(held['test'])} rows of train are held out for it"]

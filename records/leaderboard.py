@@ -332,10 +332,11 @@ def update(root: Path, check: bool) -> list[Path]:
     tracks = read_tracks(root)
     records = {name: read_records(root / name, track) for name, track in tracks.items()}
     readme, stale = root.parent / "README.md", []
-    texts = {
-        readme: with_table(readme.read_text(encoding="utf-8"), table(root, tracks, records)),
-        root / "published.md": published_table(),
-    }
+    try:
+        page = readme.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{readme}: missing or not text ({error})") from error
+    texts = {readme: with_table(page, table(root, tracks, records)), root / "published.md": published_table()}
     for path, fresh in texts.items():
         if not path.exists() or fresh != path.read_text(encoding="utf-8"):
             stale.append(path)

@@ -46,7 +46,10 @@ def series(log: Log) -> dict[str, list[tuple[Points, str]]]:
         add("rate", [(b.seconds, (b.tokens - a.tokens) / (b.seconds - a.seconds)) for a, b in pairs])
     beside = log.path.with_name("metrics.jsonl")
     if not log.finetuning and beside.exists():
-        metrics = [json.loads(line) for line in beside.read_text(encoding="utf-8").splitlines()]
+        try:
+            metrics = [json.loads(line) for line in beside.read_text(encoding="utf-8").splitlines()]
+        except ValueError as error:
+            raise InputError(f"{beside} is damaged ({error}): move it away to draw the log alone") from error
         for panel, name in (("lr", "lr"), ("mask", "mask_rate")):
             add(panel, [(values["seconds"], values[name]) for values in metrics if name in values])
     return found

@@ -27,6 +27,7 @@ from records.leaderboard import draw_runs
 from records.log import read_log
 from records.verify import (
     FOLDERS,
+    MALFORMED,
     RACES,
     RECORDS,
     Record,
@@ -123,6 +124,12 @@ def submit(root: Path, runs: Sequence[Path], said: dict, *others: Sequence[Path]
         if problems := list(check_record(record, tracks, before)):
             raise InputError("this is no record yet:\n" + "\n".join(problems))
         os.replace(temporary, folder)
+    except InputError:
+        raise
+    except MALFORMED as error:
+        raise InputError(
+            f"a value of these logs is missing or of the wrong kind ({error!r}): give runs as they were written"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -143,7 +150,7 @@ def extract(path: Path, out: Path) -> str:
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(text.encode())
-    return log.sections["command"].strip()
+    return str(log.named("command")).strip()
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import json
 import math
 import re
 import statistics
@@ -30,7 +29,7 @@ from typing import NamedTuple
 from scipy.stats import ttest_1samp, ttest_ind
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataloading import InputError
+from dataloading import InputError, read_json
 from model import KBERTConfig
 from records.log import GENERATOR_AND_DETECTOR, MASKED_LAST_LAYER, WHOLE_LAST_LAYER, Log, Work, read_log
 
@@ -47,6 +46,8 @@ METRICS = {  # what finetuner.py measures of a run's model: task and split, whos
 }
 FOLDERS = ("logs", "finetuned", "paired", "paired_finetuned")  # of a record
 FREE_BETWEEN_MACHINES = (*FREE_BETWEEN_RUNS, "dir", "declared_runs")
+# What reading a value that is missing, or of another kind than a run writes, may raise
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 FINETUNED_BY = ("protocol", "optimizer", "lr", "weight_decay", "epochs", "batch_size", "lr_schedule", "seeds")
 
 
@@ -67,7 +68,7 @@ RACES = {
 
 
 def read_tracks(root: Path) -> dict[str, dict]:
-    return json.loads((root / "tracks.json").read_text(encoding="utf-8"))
+    return read_json(root / "tracks.json")
 
 
 def at(log: Log, section: str) -> str:
@@ -244,10 +245,7 @@ class Record:
 
 
 def read_record(path: Path) -> Record:
-    try:
-        said = json.loads((path / "record.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{path / 'record.json'}: missing or not JSON ({error})") from error
+    said = read_json(path / "record.json")
     missing = [key for key in ("track", "name", "date", "contributors", "declared_runs", "measured") if key not in said]
     if missing:
         raise InputError(f"{path / 'record.json'}: no {', '.join(missing)}")
@@ -632,7 +630,7 @@ def verify(path: Path) -> list[str]:
         return list(dict.fromkeys(check_record(record, tracks, earlier[-1] if earlier else None)))
     except InputError as error:
         return [str(error)]
-    except (KeyError, TypeError) as error:
+    except MALFORMED as error:
         return [f"{path}: a value is missing or of the wrong kind ({error!r})"]
 
 

@@ -24,6 +24,12 @@ from records.log import LOG_LINE
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECIALS = {"cls": 0, "sep": 1, "pad": 2, "mask": 3, "unk": 4}
+TOKEN = "hf_planted"  # of the Hub: no file and no message may hold it
+
+
+@pytest.fixture(scope="session", autouse=True)
+def planted_token():
+    os.environ["HF_TOKEN"] = TOKEN
 
 
 def write_documents(
@@ -171,6 +177,11 @@ def run_python(
         capture_output=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
     )
+
+
+def telling(folder: Path) -> list[Path]:
+    """Files that hold the token."""
+    return [path for path in folder.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
 
 
 # --- runs of trainer.py on a model that takes seconds

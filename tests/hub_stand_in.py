@@ -8,8 +8,9 @@
 HF_ENDPOINT is read when huggingface_hub is imported, so what is tested runs in a process of its own with
 `hub.environment`.
 Any token is good, and belongs to the user "me". `fail_next = n` answers the next n requests with `fail_status`,
-`broken = "text"` every request whose path contains the text ("" is all of them), `cut_next = n` breaks off the next n
-downloads half way. The client tries again for 23 seconds after 500, and not at all after 403.
+`broken = "text"` every request whose path contains the text ("" is all of them), `silent = "text"` leaves these without
+an answer until `speak` is set, `cut_next = n` breaks off the next n downloads half way.
+The client tries again for 23 seconds after 500, and not at all after 403.
 """
 
 from __future__ import annotations
@@ -39,12 +40,15 @@ class Hub(ThreadingHTTPServer):
         self.fail_next = self.cut_next = 0
         self.fail_status = 500
         self.broken: str | None = None
+        self.silent: str | None = None
+        self.speak = threading.Event()
 
     def __enter__(self) -> Hub:
         threading.Thread(target=self.serve_forever, daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
+        self.speak.set()
         self.shutdown()
         self.server_close()
 
@@ -54,7 +58,7 @@ class Hub(ThreadingHTTPServer):
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_XET": "1",
-            "HF_TOKEN": "hf_test",
+            "HF_TOKEN": "hf_planted",
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
 
@@ -113,6 +117,8 @@ class Handler(BaseHTTPRequestHandler):
             hub.requests.append(f"{self.command} {path}")
             fails = hub.fail_next > 0 or (hub.broken is not None and hub.broken in path)
             hub.fail_next = max(0, hub.fail_next - 1)
+        if hub.silent is not None and hub.silent in path:
+            hub.speak.wait()
         if fails:
             return self.refuse(hub.fail_status, "StandInFails")
         if path == "/api/whoami-v2":

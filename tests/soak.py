@@ -1,19 +1,27 @@
 """Kills runs of a small model at random, starts them again by the same command, and compares them with a whole one.
 
-python tests/soak.py --kills 100 --minutes 10
+    python tests/soak.py --kills 100 --minutes 10
+    python tests/soak.py --watch trainer.py --preset micro --train.steps 10000 ...
 
 Weights must be the same to the bit, and the log but for its times and the lines that say it was resumed. A run that
-ends otherwise is kept, named, and makes the exit code 1.
+ends otherwise is kept, named, and makes the exit code 1. --watch runs one command to its end instead, and prints its
+memory and the time of its steps, from the first tenth to the last.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import itertools
+import json
+import math
 import os
 import random
+import re
 import shutil
 import signal
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -141,13 +149,52 @@ def soak(kills: int, minutes: float, seed: int, folder: Path) -> bool:
     return tried == held
 
 
+def resident(process: int) -> float:
+    """MB of memory that a process holds, without files that it maps."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1e3 if "RssAnon" in status else 0.0
+
+
+def step_times(run: Path) -> list[float]:
+    """Milliseconds of a step, one for each line of training losses but the first."""
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "train_loss" in line]
+    pairs = [(a, b) for a, b in itertools.pairwise(found) if a.get("run") == b.get("run")]
+    return [1e3 * (b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairs if b["step"] > a["step"]]
+
+
+def watch(command: list[str], folder: Path) -> None:
+    """Prints a table of memory and step times, a line for each tenth of the lines that the command logs.
+
+    What comes after the last of them, such as a picture of the run, is left out.
+    """
+    run = folder / "run"
+    where = ["--train.out", str(folder), "--train.run_name", "run"]
+    process, found = subprocess.Popen([sys.executable, *command, *where], stdout=subprocess.DEVNULL), []
+    while process.poll() is None:
+        path = run / "metrics.jsonl"
+        found.append((path.read_bytes().count(b"\n") if path.exists() else 0, resident(process.pid)))
+        time.sleep(0.5)
+    if process.returncode:
+        raise RuntimeError(f"it failed with {process.returncode}")
+    times, last = step_times(run), found[-1][0]
+    print("| part of the run | MB at most | ms a step, median | least |\n|---|---|---|---|")
+    for low, high in [(0, 5), *((tenth, tenth + 10) for tenth in range(0, 100, 10))]:
+        memory = [mb for line, mb in found if low * last < 100 * line <= high * last and line < last]
+        part = times[len(times) * low // 100 : len(times) * high // 100]
+        median, least = statistics.median(part), min(part)
+        print(f"| {low} to {high}% | {max(memory, default=math.nan):.1f} | {median:.2f} | {least:.2f} |")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="faults at least, if time allows [100]")
     parser.add_argument("--minutes", type=float, default=10, help="after which no further run is begun [10]")
     parser.add_argument("--seed", type=int, default=1, help="of what is done when [1]")
+    parser.add_argument("--watch", nargs=argparse.REMAINDER, metavar="COMMAND", help="trainer.py or finetuner.py ...")
     arguments = parser.parse_args()
     where = Path(tempfile.mkdtemp(prefix="soak-"))
-    if not soak(arguments.kills, arguments.minutes, arguments.seed, where):
+    if arguments.watch:
+        watch(arguments.watch, where)
+    elif not soak(arguments.kills, arguments.minutes, arguments.seed, where):
         sys.exit(1)
     shutil.rmtree(where)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from transformers import (
 import finetuner
 import objectives
 import trainer
-from conftest import ROOT, as_flags, run_python
+from conftest import ROOT, TOKEN, as_flags, run_python, telling
 from data.examples import Split, cut_longest_first, encode_texts, number_classes, read_labels
 from data.squad import N_BEST, Windows, answer_scores, best_answers, candidates, encode_questions, null_threshold
 from data.tasks import GLUE, TASKS, Classes, Kind, Span, read_data, score
@@ -827,6 +828,57 @@ def test_glue_runs_what_is_there_and_hands_mnli_over(base, tmp_path, capsys):
         finetuner.mnli_model(tmp_path, "somebody/else")
 
 
+KILLED = """
+import os, signal, sys
+import finetuner
+
+MOMENTS = [(finetuner, "save_folder"), (finetuner.TaskRuns, "keep"), (finetuner.TaskRuns, "finish"), (os, "replace")]
+MOMENTS += [(finetuner.TaskRuns, "write_predictions"), (finetuner.Training, "run"), (finetuner.Finetuner, "close")]
+
+def run(left):
+    def struck(work):
+        def count(*arguments, **named):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return work(*arguments, **named)
+        return count
+    for owner, name in MOMENTS:
+        setattr(owner, name, struck(getattr(owner, name)))
+    finetuner.main(sys.argv[1:])
+
+for left in range(1, 100, 2):
+    if not (child := os.fork()):
+        run(left)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code != -signal.SIGKILL:
+        sys.exit(f"{left // 2} kills" if code == 0 else code)
+"""
+
+
+def test_all_of_glue_killed_again_and_again_gives_the_same_table(base, tmp_path):
+    rte = ("sentence1", "sentence2")
+    mnli = {"train": pairs_of("premise", "hypothesis", 24, 3, 1), "test": pairs_of("premise", "hypothesis", 5, 0, 3)}
+    for part in ("validation_matched", "validation_mismatched"):
+        mnli[part] = pairs_of("premise", "hypothesis", 9, 3, 2)
+    write_jsonl(tmp_path / "glue" / "mnli", **mnli)
+    write_jsonl(tmp_path / "glue" / "rte", train=pairs_of(*rte, 16, 2, 1), validation=pairs_of(*rte, 8, 2, 2))
+    few = {"data_dataset": tmp_path / "glue", "train_seeds": 2, "train_resume": "true"}
+    whole = go(base, tmp_path / "whole", "glue", **few)
+    ended = run_python("-c", KILLED, *flags(base, tmp_path / "killed", "glue", **few))
+    assert int(re.fullmatch(r"(\d+) kills\n", ended.stderr.splitlines(True)[-1])[1]) > 3, ended.stderr
+    killed = tmp_path / "killed" / "run"
+    for part in (".", "mnli", "rte"):
+        ours, theirs = report_of(killed / part), report_of(whole / part)
+        for name in ("scores", "results", "splits"):
+            assert ours.get(name) == theirs.get(name)
+    assert read_log(killed).named("result", "finished")
+    for path in whole.glob("*/predictions/*"):
+        assert path.read_bytes() == (killed / path.relative_to(whole)).read_bytes()
+
+
 def test_from_hub_to_hub(base, tmp_path):
     """Base model and MNLI come from the Hub, the finetuned model goes there; all three test sets are answered."""
 
@@ -857,6 +909,8 @@ print(classify({"text": "the film", "text_pair": "was good"})["label"])"""
         loaded = run_python("-c", code, env=hub.environment(tmp_path))
         assert loaded.stdout.strip().split("\n")[-1] in TASKS["mnli"].classes, loaded.stderr
         card = hub.files("model", "me/tuned")["README.md"].decode()
+        pushed = b"".join(hub.files("model", "me/tuned").values())
+        assert TOKEN.encode() not in pushed and not telling(tmp_path) and TOKEN not in ended.stdout + ended.stderr
     assert "base_model: me/base" in card and "validation_mismatched" in card
     predictions = tmp_path / "out" / "run" / "predictions"
     for name, lines in (("MNLI-m", 8), ("MNLI-mm", 8), ("AX", 6)):
@@ -869,6 +923,39 @@ OTHERS = {
     "bert": lambda: BertForMaskedLM(BertConfig(**THEIRS)),
     "modernbert": lambda: ModernBertForMaskedLM(ModernBertConfig(**THEIRS, **MARKS)),
 }
+
+
+FOREIGN = """
+from pathlib import Path
+from transformers import BertConfig, BertForSequenceClassification
+
+Path("MARK").touch()
+
+
+class ForeignConfig(BertConfig):
+    model_type = "foreign"
+
+
+class ForeignModel(BertForSequenceClassification):
+    config_class = ForeignConfig
+"""
+
+
+def test_a_base_models_own_code_is_run_only_if_trusted(films, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, mark = tmp_path / "foreign", tmp_path / "it_ran"
+    OTHERS["bert"]().save_pretrained(folder)
+    make_tokenizer(WORDS).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "theirs.ForeignConfig", "AutoModelForSequenceClassification": "theirs.ForeignModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "foreign", "auto_map": auto}))
+    (folder / "theirs.py").write_text(FOREIGN.replace("MARK", str(mark)))
+    few = {"data_dataset": films, "data_max_train_examples": 16}
+    with pytest.raises(InputError, match="foreign brings code of its own, .* give --train.trust_remote_code true"):
+        go(str(folder), tmp_path, **few)
+    assert not mark.exists()
+    report = report_of(go(str(folder), tmp_path, **few, train_trust_remote_code="true"))
+    assert mark.exists() and report["results"]["pretrained"]
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -917,6 +1004,63 @@ def test_bad_input_is_said_in_one_sentence(base, films, tmp_path):
     assert "no file or folder" in said(tmp_path / "nothing.csv")
     assert "nothing to tell apart" in said(same)
     assert not (tmp_path / "out").exists()  # none of them left a run behind
+
+
+def as_csv(rows: list[tuple], head: str = "text,label") -> bytes:
+    return "".join(f"{line}\n" for line in (head, *(f"{text},{label}" for text, label in rows))).encode()
+
+
+FILMS = [(row["text"], row["label"]) for row in make_rows(40, 1)]
+MANY = [("good film", number) for number in range(10_000)]
+AWKWARD = {  # csv -> what its refusal says, or of how many classes it is taken to be
+    "a label missing now and then": (as_csv([(text, "" if label else 1) for text, label in FILMS[1:]] + FILMS), 2),
+    "all labels missing": (as_csv([(text, "") for text, _ in FILMS]), "no example of train has a label"),
+    "NaN": (as_csv([*FILMS, ("good", "NaN"), ("NaN", 1)]), 2),
+    "null": (as_csv([*FILMS, ("good", "null"), ("null", 1)]), 2),
+    "a column twice": (as_csv([(text, f"{label},{label}") for text, label in FILMS], "text,label,label"), 2),
+    "latin-1": (as_csv([*FILMS, ("caf\xe9", 1)]).replace(b"\xc3\xa9", b"\xe9"), "cannot read .*utf-8"),
+    "a byte order mark": (b"\xef\xbb\xbf" + as_csv(FILMS), 2),
+    "no text at all": (as_csv([("", label) for _, label in FILMS]), 2),
+    "one class": (as_csv([(text, 1) for text, _ in FILMS]), "holds only the class 1"),
+    "100,000 characters": (as_csv([("good " * 20_000, 0), *FILMS]), 2),
+    "10,000 classes, once each": (as_csv(MANY), "none of the classes 0, .* and 8990 others: check"),
+    "infinite": (as_csv([(text, "inf" if label else 0.5) for text, label in FILMS]), "is infinite"),
+    "words among fractions": (as_csv([(text, "good" if label else 0.5) for text, label in FILMS]), 2),
+    "an open quote": (as_csv([*FILMS, ('"good', 1)]), "cannot read .*EOF inside string"),
+    "one row": (as_csv(FILMS[:1]), "train has one row"),
+    "no head": (as_csv(FILMS[1:], ",".join(map(str, FILMS[0]))), "no column text, label"),
+}
+
+
+@pytest.mark.parametrize("content, said", AWKWARD.values(), ids=AWKWARD)
+def test_awkward_tables_are_read_or_refused(tokenizer, tmp_path, content, said):
+    (tmp_path / "table.csv").write_bytes(content)
+    if isinstance(said, int):
+        found = read_data("custom", tokenizer, 64, DataConfig(dataset=str(tmp_path / "table.csv")))
+        assert len(found.kind.classes) == said and found.dev == "validation"
+        return
+    with pytest.raises(InputError, match=said) as caught:
+        read_data("custom", tokenizer, 64, DataConfig(dataset=str(tmp_path / "table.csv")))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_awkward_examples_are_learnt_from(base, tmp_path):
+    """Without text, longer than a window, and of 10,000 classes."""
+    rows = [*MANY, ("", 3), ("good " * 20_000, 4)]
+    (tmp_path / "train.csv").write_bytes(as_csv(rows))
+    (tmp_path / "validation.csv").write_bytes(as_csv(rows[-20:]))
+    run = go(base, tmp_path / "out", data_dataset=tmp_path, data_max_train_examples=32)
+    assert len(report_of(run)["classes"]) == 10_000
+
+
+def test_a_split_whose_labels_are_missing_is_no_split_to_choose_by(base, tmp_path):
+    without = [{"text": row["text"]} for row in make_rows(8, 2)]
+    films = write_jsonl(tmp_path / "films", train=make_rows(20, 1), validation=without)
+    with pytest.raises(InputError, match="no labelled split validation to choose by"):
+        go(base, tmp_path / "out", data_dataset=films)
+    films = write_jsonl(tmp_path / "films", other=make_rows(8, 3))
+    run = go(base, tmp_path / "out", data_dataset=films, data_validation="other")
+    assert set(report_of(run)["model"]["metrics"]) == {"other"}
 
 
 def test_a_model_of_another_model_py_is_refused(base, films, tmp_path):

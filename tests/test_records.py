@@ -31,6 +31,7 @@ from conftest import (
     metrics_of,
     run_python,
     sentences,
+    telling,
     write_documents,
 )
 from data.tasks import TASKS
@@ -144,6 +145,7 @@ def change_track(record: Path, **values) -> None:
 def test_true_records_pass(archive):
     for folder in (archive / "tiny").iterdir():
         assert verify(folder) == []
+    assert not telling(archive)
     ours = next((archive / "tiny").glob("*_ours"))
     said = json.loads((ours / "record.json").read_text())
     assert said["beats"].endswith("_before") and said["measured"]["n"] == 3

@@ -13,6 +13,7 @@ import time
 import types
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -26,12 +27,14 @@ from conftest import (
     GOLDEN,
     ROOT,
     SPECIALS,
+    TOKEN,
     flags,
     lines,
     losses,
     metrics_of,
     run_python,
     sentences,
+    telling,
     tiny,
     write_documents,
 )
@@ -370,6 +373,19 @@ def test_a_resumed_run_is_bit_identical_to_one_never_stopped(corpus, finished, t
     assert losses(tmp_path / "killed", "train_loss") == losses(finished, "train_loss")
 
 
+def test_a_deterministic_run_is_bit_identical_and_needs_a_setting_of_cublas(corpus, finished, tmp_path, monkeypatch):
+    main(flags(corpus, tmp_path, "same", "--train.deterministic true"))
+    assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    model = "model/model.safetensors"
+    assert (tmp_path / "same" / model).read_bytes() == (finished / model).read_bytes()
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    process = types.SimpleNamespace(device=torch.device("cuda"))
+    run = types.SimpleNamespace(process=process, train=TrainConfig(deterministic=True))
+    with pytest.raises(InputError, match="needs `export CUBLAS_WORKSPACE_CONFIG=:4096:8`"):
+        trainer.Run.build_model(run)
+
+
 def test_checkpoints_ahead_of_the_one_resumed_are_set_aside(corpus, finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "back")
     saved = tmp_path / "back" / "checkpoints"
@@ -423,27 +439,22 @@ def test_uploads_are_waited_for_when_the_other_ranks_are_gone(tmp_path, capsys, 
     assert ("--train.resume auto" in capsys.readouterr().out) != finished
 
 
-def test_sigterm_saves_and_exits(corpus, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "trainer.py", *flags(corpus, tmp_path, "term", "--train.steps", 100_000)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_once_and_exits(corpus, tmp_path, number, code):
+    arguments = flags(corpus, tmp_path, "term", "--train.steps 100_000 --train.save_every 0")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "trainer.py", *arguments], cwd=ROOT, text=True, **pipes)
     log, deadline = tmp_path / "term" / "log.txt", time.monotonic() + 120
     while not (log.exists() and "step:7/" in log.read_text()):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "continue with --train.resume auto" in said
-    last = max((tmp_path / "term" / "checkpoints").iterdir())
-    assert (
-        json.loads((last / "state.json").read_text())["step"]
-        == int(lines(tmp_path / "term")[-1]["step"])
-        == int(last.name[5:])
-        >= 7
-    )
+    process.send_signal(number)
+    said, wrong = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in wrong
+    last = int(lines(tmp_path / "term")[-1]["step"])
+    assert said.endswith(f"\nstopped at step {last}; continue with --train.resume auto\n") and last >= 7
+    (checkpoint,) = (tmp_path / "term" / "checkpoints").iterdir()
+    assert json.loads((checkpoint / "state.json").read_text())["step"] == int(checkpoint.name[5:]) == last
 
 
 def test_a_run_by_the_clock_ends_when_its_time_is_up(corpus, tmp_path):
@@ -522,17 +533,79 @@ def test_a_run_pushes_model_and_checkpoints(corpus, word_tokenizer, tmp_path):
         )
         loaded = run_python("-c", code, env=hub.environment(tmp_path))
         assert loaded.returncode == 0 and loaded.stdout.strip().endswith("5"), loaded.stderr
+        assert not telling(tmp_path) and TOKEN not in result.stdout + result.stderr
+        heads = hub.repos["model", "me/tiny"].values()
+        assert not [path for head in heads for path, content in head["files"].items() if TOKEN.encode() in content]
 
 
 def test_a_failing_hub_never_stops_a_run(corpus, tmp_path):
     with Hub() as hub:
         hub.broken = "commit"
         arguments = flags(corpus, tmp_path, "unpushed", "--train.hf_model_name me/tiny")
-        environment = {**hub.environment(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
+        (tmp_path / "token").write_text(TOKEN)  # where `hf auth login` leaves it
+        environment = {**hub.environment(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_TOKEN": ""}
         result = run_python("trainer.py", *arguments, env=environment)
     assert result.returncode == 0, result.stderr
+    assert telling(tmp_path) == [tmp_path / "token"] and TOKEN not in result.stdout + result.stderr
     assert "hf upload me/tiny" in result.stdout and (tmp_path / "unpushed" / "model" / "model.safetensors").exists()
     assert (tmp_path / "unpushed" / "to_push" / "step-000010" / "model.safetensors").exists()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The stand-in, for what runs in this process."""
+    with Hub() as hub:
+        monkeypatch.setattr(huggingface_hub, "HfApi", functools.partial(huggingface_hub.HfApi, endpoint=hub.url))
+        yield hub
+    huggingface_hub.close_session()  # which has the time limit
+
+
+def test_a_hub_that_never_answers_is_given_up(hub, tmp_path, capsys):
+    pusher = trainer.HubPusher("me/tiny", 0.01)
+    hub.silent = "whoami"
+    with pytest.raises(InputError, match="no answer for the 0.01 minutes of --train.hub_minutes"):
+        pusher.check()
+    hub.silent = "branch"
+    pusher.check()
+    for name in ("one", "main"):
+        (tmp_path / "to_push" / name).mkdir(parents=True)
+        (tmp_path / "to_push" / name / "config.json").write_text("{}")
+    pusher.push(tmp_path / "to_push" / "one", "one")
+    pusher.push(tmp_path / "to_push" / "main", "main")
+    pusher.finish()
+    said = capsys.readouterr().out
+    assert said.count("no answer for") == 1 and said.endswith(f"{tmp_path}/to_push/one . --revision one\n")
+    assert set(hub.files("model", "me/tiny")) == {"config.json"}
+    assert [path.name for path in trainer.unpushed(tmp_path)] == ["one"]
+
+
+def test_training_does_not_wait_for_the_hub(hub, tmp_path):
+    pusher = trainer.HubPusher("me/tiny", 10)
+    pusher.check()
+    hub.silent = ""
+    (tmp_path / "config.json").write_text("{}")
+    pusher.push(tmp_path, "one")
+    hub.speak.set()
+    pusher.finish()
+    assert set(hub.files("model", "me/tiny", "one")) == {"config.json"}
+
+
+def test_what_a_killed_run_did_not_push_is_pushed_by_the_next(corpus, hub, tmp_path, monkeypatch, capsys):
+    again = flags(corpus, tmp_path, "run", "--train.hf_model_name me/tiny --train.resume auto --train.steps 4")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.HubPusher, "push", lambda *_: None)
+        main([*again, "--train.save_every", "2"])
+    kept = shutil.copytree(tmp_path / "run" / "to_push" / "main", tmp_path / "run" / "to_push" / "chck_1M")
+    main(again)
+    said = capsys.readouterr().out.splitlines()
+    names = ("chck_1M", "main", "step-000002", "step-000004")
+    commands = [f"hf upload me/tiny {kept.with_name(name)} . --revision {name}" for name in names]
+    assert [line.split("with:  ")[1] for line in said if "push it later" in line] == commands
+    log = tmp_path / "run" / "log.txt"
+    log.write_text(log.read_text().split("=== result\n")[0])
+    main(again)
+    assert set(hub.repos["model", "me/tiny"]) == set(names) and not trainer.unpushed(tmp_path / "run")
+    assert all("model.safetensors" in hub.files("model", "me/tiny", name) for name in names)
 
 
 def test_wandb_is_imported_only_when_asked_for(corpus, tmp_path, monkeypatch):
