@@ -601,8 +601,7 @@ def make_step(model: nn.Module, train: FinetuneConfig, process: Process, compile
 def muon_step(model: nn.Module, train: FinetuneConfig, process: Process, compiled: bool) -> Callable[[float], None]:
     """The optimizer of pretraining: Muon for the layers' matrices, Adam at a twentieth of its rate for all else.
 
-    Matrices that Muon has trained are several times as large as AdamW's, whose customary rates hardly move them, and a
-    model adapts best by the optimizer that trained it (arXiv 2605.10468, 2606.09658). The rate was chosen on micro
+    A model adapts best by the optimizer that trained it (arXiv 2605.10468, 2606.09658). The rate was chosen on micro
     encoders and 5,000 to 45,000 pairs (records/notebook.md, "Rates, optimizers and the number of examples").
     """
     adam = {"betas": (0.9, 0.98), "lr": train.lr / 20}
