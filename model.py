@@ -297,11 +297,12 @@ class KBERTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, ZeroLinear):
-            init.zeros_(module.weight)
-        elif isinstance(module, nn.Linear):
-            stored = 1 / self.config.weight_multiplier if isinstance(module, Linear) else 1.0
-            init.normal_(module.weight, std=0.5 * module.in_features**-0.5 * stored)
+        if isinstance(module, nn.Linear):
+            if isinstance(module, (ZeroLinear, Detector)):
+                init.zeros_(module.weight)
+            else:
+                stored = 1 / self.config.weight_multiplier if isinstance(module, Linear) else 1.0
+                init.normal_(module.weight, std=0.5 * module.in_features**-0.5 * stored)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
@@ -541,6 +542,10 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
         return outputs.MaskedLMOutput(loss, logits, out.hidden_states, out.attentions)
 
 
+class Detector(nn.Linear):
+    """The last layer of a detector. Starts at zero: by random guesses the encoder can lose its way."""
+
+
 class KBERTForReplacedTokenDetection(KBERTPreTrainedModel):
     """Whether each token is another than the text's own (Clark et al. 2020, "ELECTRA"): then its logit is positive."""
 
@@ -550,7 +555,7 @@ class KBERTForReplacedTokenDetection(KBERTPreTrainedModel):
         # By other names than a classifier's, which is to start afresh where this model is finetuned
         self.detector_dense = Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps, elementwise_affine=False)
-        self.detector = nn.Linear(config.hidden_size, 1)
+        self.detector = Detector(config.hidden_size, 1)
         self.post_init()
 
     def logits(self, hidden: Tensor) -> Tensor:
