@@ -707,6 +707,14 @@ encoder = AutoModel.from_pretrained("{{ name }}", trust_remote_code=True)
 {%- endif %}
 ```
 
+AdamW's usual 2e-5 to 5e-5 fits it in finetuning; so does Muon for the layers' matrices, beside AdamW for all else:
+
+```python
+model = AutoModelForSequenceClassification.from_pretrained("{{ name }}", num_labels=3, trust_remote_code=True)
+matrices = [p for p in model.encoder.blocks.parameters() if p.ndim == 2]
+muon = torch.optim.Muon(matrices, lr={{ 0.01 / config.weight_multiplier }})
+```
+
 Trained on: {{ manifest["source"] | tojson }}
 """
 
