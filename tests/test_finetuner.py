@@ -71,7 +71,8 @@ def base(tmp_path_factory) -> str:
     model = KBERTForMaskedLM(KBERTConfig(**SHAPE | shape | ids, local_attention_window=16))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            size = 0.1 / model.config.weight_multiplier if parameter.ndim == 2 else 0.1
+            parameter.add_(size * torch.randn_like(parameter))
     model.save_pretrained(folder)
     make_tokenizer(WORDS).save_pretrained(folder)
     trainer.write_settings(folder.parent, {"preset": "micro"})
