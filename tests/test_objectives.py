@@ -144,7 +144,7 @@ def test_ranks_share_one_and_the_same_training(corpus, detected, tmp_path):
     result = run_python("trainer.py", *flags(corpus, tmp_path, "ranks", RTD), processes=3)
     assert result.returncode == 0, result.stderr
     assert [line["flops"] for line in lines(tmp_path / "ranks")] == [line["flops"] for line in lines(detected)]
-    for kind, tolerance in (("train_loss", 0.05), ("val_loss", 0.01), ("val_accuracy", 0.01), ("val_auc", 0.01)):
+    for kind, tolerance in (("train_loss", 0.1), ("val_loss", 0.01), ("val_accuracy", 0.01), ("val_auc", 0.01)):
         assert losses(tmp_path / "ranks", kind) == pytest.approx(losses(detected, kind), abs=tolerance)
     alone, together = ([m["replaced"] for m in metrics_of(run)] for run in (detected, tmp_path / "ranks"))
     assert together == pytest.approx(alone, abs=0.01)
