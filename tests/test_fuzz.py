@@ -32,7 +32,7 @@ from records.verify import MALFORMED, check_run, verify
 from trainer import PRESETS, DataConfig, TrainConfig, make_parser, parse_flags
 
 SHARD = "test_train_000000.bin"
-CASES = int(os.environ.get("FUZZ_CASES", 100))
+CASES = int(os.environ.get("FUZZ_CASES", 40))
 
 HYPOTHESIS = settings(
     max_examples=CASES, deadline=None, database=None, derandomize=True,
