@@ -66,9 +66,17 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 class Group:
     """Parameters whose gradients form one stack of `rows` rows of shape `row`, sharded over ranks."""
 
-    multiplier = 1.0  # what the parameters are stored divided by
-
-    def __init__(self, name: str, parameters: list[nn.Parameter], row: tuple[int, ...], rank: int, world_size: int):
+    def __init__(
+        self,
+        name: str,
+        parameters: list[nn.Parameter],
+        row: tuple[int, ...],
+        rank: int,
+        world_size: int,
+        multiplier: float = 1.0,
+    ):
+        """multiplier: what the parameters are stored divided by."""
+        self.multiplier = multiplier
         self.name, self.parameters, self.row, self.rank, self.world_size = name, parameters, row, rank, world_size
         self.rows = sum(p.numel() for p in parameters) // math.prod(row)
         self.share = -(-self.rows // world_size)  # rows of each rank, padding included
@@ -137,8 +145,8 @@ class Group:
 class Muon(Group):
     """Nesterov momentum, orthogonalised (Jordan et al. 2024), then normalised by neuron (Li et al. 2025, "NorMuon")."""
 
-    def __init__(self, name, parameters, row, rank, world_size, *, lr, weight_decay, beta2, polar_steps):
-        super().__init__(name, parameters, row, rank, world_size)
+    def __init__(self, name, parameters, row, rank, world_size, multiplier, *, lr, weight_decay, beta2, polar_steps):
+        super().__init__(name, parameters, row, rank, world_size, multiplier)
         self.lr, self.weight_decay, self.beta2, self.polar_steps = lr, weight_decay, beta2, polar_steps
         self.scale = max(1.0, row[0] / row[1]) ** 0.5  # a tall matrix may change its output as much as a square one
         self.inputs = -1 if row[0] >= row[1] else -2  # the second moment is kept along the longer side
@@ -168,8 +176,8 @@ def adam_update(gradient, momentum, second_moment, unbias, beta1: float, beta2: 
 
 
 class Adam(Group):
-    def __init__(self, name, parameters, rank, world_size, *, lr, betas, eps, compiled: bool):
-        super().__init__(name, parameters, (), rank, world_size)
+    def __init__(self, name, parameters, rank, world_size, multiplier=1.0, *, lr, betas, eps, compiled: bool):
+        super().__init__(name, parameters, (), rank, world_size, multiplier)
         self.lr, self.weight_decay, self.betas, self.eps = lr, 0.0, betas, eps
         self.rule = torch.compile(adam_update, dynamic=False) if compiled else adam_update
         zeros = torch.zeros(self.share, device=parameters[0].device)
@@ -218,15 +226,14 @@ class Optimizer:
             else:
                 others.append(p)
         muon = dict(lr=muon_lr, weight_decay=muon_weight_decay, beta2=muon_beta2, polar_steps=muon_polar_steps)
+        muon["multiplier"] = weight_multiplier
         self.muon = [
             Muon(f"muon.{r}x{c}", group, (r, c), rank, world_size, **muon) for (r, c), group in sorted(matrices.items())
         ]
-        embed = dict(lr=embed_lr, betas=embed_betas, eps=adam_eps, compiled=compiled)
+        embed = dict(lr=embed_lr, betas=embed_betas, eps=adam_eps, multiplier=weight_multiplier, compiled=compiled)
         rest = dict(lr=scalar_lr, betas=scalar_betas, eps=adam_eps, compiled=False)
         named = (("adam.embed", embeddings, embed), ("adam.rest", others, rest))
         self.adam = [Adam(name, group, rank, world_size, **settings) for name, group, settings in named if group]
-        for group in self.groups:
-            group.multiplier = 1.0 if group.name == "adam.rest" else weight_multiplier
         grouped = sorted(id(p) for group in self.groups for p in group.parameters)
         assert grouped == sorted(id(p) for p in trained), "every parameter belongs to exactly one group"
         self.descend = torch.compile(descend, dynamic=True) if compiled else descend  # one kernel for all lengths
