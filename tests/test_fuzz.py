@@ -81,12 +81,18 @@ def use(data: Path) -> None:
         pass
 
 
+def copied_once(tmp_path_factory, corpus: Path, name: str) -> Path:
+    """A folder that all cases of a test share."""
+    data = tmp_path_factory.getbasetemp() / name
+    if not data.exists():
+        shutil.copytree(corpus, data)
+    return data
+
+
 @HYPOTHESIS
 @given(st.data())
 def test_any_manifest_is_used_or_refused(tmp_path_factory, corpus, draw):
-    data = tmp_path_factory.getbasetemp() / "fuzzed"
-    if not data.exists():
-        shutil.copytree(corpus, data)
+    data = copied_once(tmp_path_factory, corpus, "fuzzed")
     content = (corpus / "manifest.json").read_bytes()
     if draw.draw(st.booleans()):
         content = draw.draw(damaged(content))
@@ -99,9 +105,7 @@ def test_any_manifest_is_used_or_refused(tmp_path_factory, corpus, draw):
 @HYPOTHESIS
 @given(st.data())
 def test_any_shard_is_used_or_refused(tmp_path_factory, corpus, draw):
-    data = tmp_path_factory.getbasetemp() / "fuzzed_shard"
-    if not data.exists():
-        shutil.copytree(corpus, data)
+    data = copied_once(tmp_path_factory, corpus, "fuzzed_shard")
     path, verified = data / SHARD, draw.draw(st.booleans())
     path.write_bytes(draw.draw(damaged((corpus / SHARD).read_bytes())))
     manifest = json.loads((corpus / "manifest.json").read_bytes())

@@ -112,12 +112,16 @@ def archive(runs, tmp_path_factory) -> Path:
     return root
 
 
+def copied(archive: Path, into: Path) -> Path:
+    """An archive of records to be forged, with the page that shows them beside it."""
+    shutil.copy(archive.parent / "README.md", into)
+    return shutil.copytree(archive, into / "records")
+
+
 @pytest.fixture
 def record(archive, tmp_path) -> Path:
-    """The second record, to be forged, in a copy of the archive."""
-    shutil.copytree(archive, tmp_path / "records")
-    shutil.copy(archive.parent / "README.md", tmp_path)
-    return next((tmp_path / "records" / "tiny").glob("*_ours"))
+    """The second record of a copy of the archive."""
+    return next((copied(archive, tmp_path) / "tiny").glob("*_ours"))
 
 
 def change(path: Path, edit: Callable[[str], str], seal: bool = True) -> None:
@@ -470,9 +474,7 @@ def mnli_archive(archive, runs, word_tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def by_mnli(mnli_archive, tmp_path) -> Path:
-    shutil.copytree(mnli_archive, tmp_path / "records")
-    shutil.copy(mnli_archive.parent / "README.md", tmp_path)
-    return next((tmp_path / "records" / "tiny-mnli").glob("*_tuned"))
+    return next((copied(mnli_archive, tmp_path) / "tiny-mnli").glob("*_tuned"))
 
 
 def test_a_record_by_mnli(by_mnli):
@@ -629,9 +631,7 @@ def blimp_archive(archive, counted, word_tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def by_blimp(blimp_archive, tmp_path) -> Path:
-    shutil.copytree(blimp_archive, tmp_path / "records")
-    shutil.copy(blimp_archive.parent / "README.md", tmp_path)
-    return next((tmp_path / "records" / "tiny-blimp").glob("*_ours"))
+    return next((copied(blimp_archive, tmp_path) / "tiny-blimp").glob("*_ours"))
 
 
 def test_a_record_by_blimp(by_blimp):
