@@ -1147,7 +1147,8 @@ class Finetuner:
             if self.hub and not data.trains:
                 raise InputError(f"--task {self.task} trains nothing to push: drop --train.hf_model_name")
             self.open_folder()
-            reports = {self.task: self.finetune(data, base, self.folder, "main")}
+            reports = {self.task: self.finetune(data, base, self.folder)}
+            self.push(self.folder, "main")
         if self.log:
             self.close(reports)
 
@@ -1180,15 +1181,16 @@ class Finetuner:
         newest = "" if self.train.base_model else ", the newest finished pretraining run"
         self.log.section("run", f"{self.folder}: from {self.base_name}{newest}", echo=True)
 
-    def finetune(self, data: Data, base: Base, folder: Path, revision: str) -> dict:
-        """One task, whose report it returns. revision: the branch on the Hub."""
+    def finetune(self, data: Data, base: Base, folder: Path) -> dict:
+        """One task, whose report it returns."""
         train = choose_rates(self.train, self.protocol, base.kbert)
         cells = grid_of(self.protocol, data.name, self.given, train)
         cells = cells if data.trains else cells[:1]  # no setting changes what is not trained
-        report = TaskRuns(self.process, base, data, cells, folder, self.log).run()
+        return TaskRuns(self.process, base, data, cells, folder, self.log).run()
+
+    def push(self, folder: Path, revision: str) -> None:
         if self.hub:
             self.process.on_main(lambda: self.hub.push(folder / "model", revision))
-        return report
 
     def finetune_glue(self) -> dict[str, dict]:
         """Every task of GLUE whose data is there, but those that are finished: task -> report."""
@@ -1198,7 +1200,8 @@ class Finetuner:
             base = self.open_base(str(self.folder / "mnli" / "model")) if from_mnli else self.base
             try:
                 finished = self.finished(task)
-                reports[task] = finished or self.finetune(self.read(task, base), base, self.folder / task, task)
+                reports[task] = finished or self.finetune(self.read(task, base), base, self.folder / task)
+                self.push(self.folder / task, task)  # again where it was finished: the Hub passes over what it has
             except MissingData as error:
                 if self.log:
                     self.log.write(f"{task} is left out: {error}")

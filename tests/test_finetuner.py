@@ -39,7 +39,7 @@ from finetuner import PROTOCOLS, DataConfig, FinetuneConfig, Network, choose_rat
 from hub_stand_in import Hub
 from model import KBERTConfig, KBERTForMaskedLM
 from records.log import read_log
-from trainer import Process
+from trainer import HubPusher, Process
 
 WORDS = """good bad the a film was story and plot with people who saw it then they went home by train or bus in rain sun
 snow wind""".split()
@@ -827,6 +827,24 @@ def test_glue_runs_what_is_there_and_hands_mnli_over(base, tmp_path, capsys):
     assert header.startswith("| model | MNLI-m |") and row.startswith("| pretrained | ")
     with pytest.raises(InputError, match="run finetuner.py --task mnli first"):
         finetuner.mnli_model(tmp_path, "somebody/else")
+
+
+def test_resumed_glue_pushes_also_what_was_finished(base, tmp_path, monkeypatch):
+    rte, pushed = ("sentence1", "sentence2"), []
+    write_jsonl(tmp_path / "glue" / "rte", train=pairs_of(*rte, 16, 2, 1), validation=pairs_of(*rte, 8, 2, 2))
+    monkeypatch.setattr(HubPusher, "check", lambda hub: None)
+    monkeypatch.setattr(HubPusher, "push", lambda hub, folder, revision: pushed.append((folder, revision)))
+    few = {"data_dataset": tmp_path / "glue", "train_resume": "true", "train_hf_model_name": "me/tuned"}
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(finetuner.Finetuner, "write_row", killed)
+        go(base, tmp_path, "glue", **few)
+    pushed.clear()
+    run = go(base, tmp_path, "glue", **few)
+    assert pushed == [(run / "rte" / "model", "rte")]
 
 
 KILLED = """

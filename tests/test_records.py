@@ -588,8 +588,8 @@ def blimp_archive(archive, counted, word_tokenizer, tmp_path_factory) -> Path:
     """records/ with a record of a track whose target is BLiMP, of runs that end by the words shown."""
     tmp_path, rng = tmp_path_factory.mktemp("blimp"), np.random.default_rng(0)
     words = [word for word in AutoTokenizer.from_pretrained(word_tokenizer).get_vocab() if word[0] != "["]
-    pairs = [[" ".join(rng.choice(words, 6)) for _ in range(2)] for _ in range(40)]
-    table = pd.DataFrame(pairs, columns=["sentence_good", "sentence_bad"]).assign(UID=["island", "binding"] * 20)
+    pairs = [[" ".join(rng.choice(words, 6)) for _ in range(2)] for _ in range(400)]
+    table = pd.DataFrame(pairs, columns=["sentence_good", "sentence_bad"]).assign(UID=["island", "binding"] * 200)
     table.to_csv(tmp_path / "pairs.csv", index=False)
     made = {"before": 5000, "ours": 3000}
     for name, shown in made.items():
