@@ -10,6 +10,8 @@ import functools
 import json
 import os
 import shutil
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -67,11 +69,24 @@ def altered(draw, value: object) -> object:
     return value
 
 
+@contextlib.contextmanager
+def little_memory() -> Iterator[None]:
+    """A file of some kilobytes warrants no more, whatever numbers stand in it."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < 32e6
+    finally:
+        tracemalloc.stop()
+
+
+@little_memory()
 def use(data: Path) -> None:
     """What a run does with its data before it trains, and a few rows; damage must be named."""
     try:
         manifest = read_manifest(data)
         dataloading.data_hash(manifest)
+        dataloading.unigram_surprise([data / SHARD], manifest["tokenizer"])
         for split in ("train", "valid"):
             rows = iter(Loader(data, manifest, split, 256, 100, seed=1))
             for _ in range(3):
@@ -121,12 +136,13 @@ def test_any_log_is_read_or_refused(tmp_path_factory, finished, draw):
     path, text = tmp_path_factory.getbasetemp() / "fuzzed.txt", (finished / "log.txt").read_bytes()
     head, tail = text.split(b"=== code\n")[0], text.split(b"=== run\n")[1]
     path.write_bytes(draw.draw(damaged(head + b"=== code\n" + with_header("a.py", "a\nb\n").encode() + b"\n" + tail)))
-    try:
-        log = read_log(path)
-    except InputError:
-        return
-    with contextlib.suppress(*MALFORMED):  # which verify() turns into a line
-        list(check_run(log))
+    with little_memory():
+        try:
+            log = read_log(path)
+        except InputError:
+            return
+        with contextlib.suppress(*MALFORMED):  # which verify() turns into a line
+            list(check_run(log))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +158,8 @@ def test_any_configuration_is_taken_or_refused(tmp_path_factory, finished, parse
     path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
     path.write_bytes(draw.draw(damaged((finished / "config.yaml").read_bytes())))
     try:
-        parse_flags(parser, ["--config", str(path)], {"preset": PRESETS})
+        with little_memory():
+            parse_flags(parser, ["--config", str(path)], {"preset": PRESETS})
     except SystemExit as end:
         assert end.code == 2
 
@@ -191,7 +208,8 @@ def test_any_record_is_verified_or_refused(archive, draw):
         content = json.dumps(draw.draw(altered(json.loads(before)))).encode()
     try:
         path.write_bytes(content)
-        assert all(isinstance(said, str) for said in verify(max((archive / "sample-cpu").iterdir())))
+        with little_memory():
+            assert all(isinstance(said, str) for said in verify(max((archive / "sample-cpu").iterdir())))
     finally:
         path.write_bytes(before)
 
@@ -296,7 +314,8 @@ def test_any_table_is_read_or_refused(cache, draw):
     path = cache / f"table.{ending}"
     path.write_bytes(content)
     try:
-        data = read_data("custom", tokenizer, 32, FinetuneData(dataset=str(path)))
+        with little_memory():
+            data = read_data("custom", tokenizer, 32, FinetuneData(dataset=str(path)))
         assert data.splits["train"].known.all() and data.labelled
     except InputError as error:
         assert "\n" not in str(error)
