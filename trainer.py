@@ -7,7 +7,6 @@
 `--help` lists every setting with its unit. A run leaves logs/RUN/ with log.txt, metrics.jsonl, config.yaml (`--config`
 repeats the run), curves.png, checkpoints/ and model/, the finished model in Hugging Face form. The same rows make up
 the same steps on any number of ranks.
-
 """
 
 from __future__ import annotations
