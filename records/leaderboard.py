@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataloading import InputError
+from dataloading import InputError, read_json
 from records.log import Log
 from records.plot import COLORS, figure
 from records.verify import RACES, RECORDS, Record, read_records, read_tracks
@@ -255,6 +255,22 @@ def spread_names(axis, names: list, points: list[tuple[float, float]], lines: li
             axis.plot(*back([(x, y), nearest]).T, color="#999999", lw=0.6, zorder=0)
 
 
+def draw_race(axes, race: dict[str, list[dict]]) -> None:
+    """What pretraining buys downstream, against its time and its FLOPs: race.json."""
+    for axis, (key, unit) in zip(axes, {"minutes": "minutes on one CPU core", "flops": "FLOPs"}.items()):
+        for color, (side, runs) in zip(COLORS, race.items()):
+            points = sorted((run[key], 100 * run["mnli_matched"]) for run in runs)
+            if points[0][0] == 0:  # never pretrained
+                axis.axhline(points[0][1], color=color, lw=1, ls="--", label=side)
+            else:
+                axis.plot(*zip(*points), "o-", color=color, lw=1.3, ms=4, label=side)
+        axis.set(xscale="log", xlabel=f"{unit} of pretraining (logarithmic)", ylabel="LingNLI -> MNLI-m, accuracy (%)")
+        axis.xaxis.get_major_locator().set_params(subs=(1, 3))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+    axes[0].legend(frameon=False, fontsize=8)
+
+
 CLEAR = 6  # pixels between a name and what it must not cover
 
 
@@ -309,10 +325,14 @@ def source_hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps([code, *parts], default=str).encode()).hexdigest()
 
 
-def pictures(tracks: dict[str, dict], records: dict[str, list[Record]]) -> Iterator[tuple[str, str, int, Callable]]:
+def pictures(
+    root: Path, tracks: dict[str, dict], records: dict[str, list[Record]]
+) -> Iterator[tuple[str, str, int, Callable]]:
     """File name, hash of its source, number of panels, and what draws them."""
     measured = [record.said["measured"] for record in itertools.chain(*records.values())]
-
+    if (root / "race.json").exists():
+        race = read_json(root / "race.json")
+        yield "race.png", source_hash(race), 2, lambda axes: draw_race(axes, race)
     yield "pareto.png", source_hash(measured), 2, lambda axes: draw_published(axes, records)
     for name, track in tracks.items():
         if not (mine := records[name]):
@@ -342,7 +362,7 @@ def update(root: Path, check: bool) -> list[Path]:
             stale.append(path)
             if not check:
                 path.write_text(fresh, encoding="utf-8")
-    for name, source, panels, draw in pictures(tracks, records):
+    for name, source, panels, draw in pictures(root, tracks, records):
         out = root / "figures" / name
         if source_of(out) != source:
             stale.append(out)
