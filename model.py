@@ -55,7 +55,8 @@ def option(default, help: str):
 class KBERTConfig(PretrainedConfig):
     model_type = "kbert"
 
-    checkpoint_format: int = 2  # of the weights' names, shapes and scale; 1 had no weight_multiplier
+    # Of the weights' names, shapes and scale: 1 had no weight_multiplier, 1 and 2 padded the vocabulary to 128s
+    checkpoint_format: int = 3
     # Set by the data, not by flags
     vocab_size: int = 50_368
     max_position_embeddings: int = 1024  # the longest document it was trained on; RoPE itself has no limit
@@ -91,9 +92,10 @@ class KBERTConfig(PretrainedConfig):
         if kwargs.pop("rope_parameters", None):
             raise ValueError("rope_parameters are not known here: RoPE has one, frequency_base")
         super().__post_init__(**kwargs)
-        if self.checkpoint_format != 2:
+        if self.checkpoint_format != 3:
+            known = "format 3, or of 1 and 2 with a vocabulary that is a multiple of 128"
             rule = "load the one saved with it, by trust_remote_code=True"
-            raise ValueError(f"this model.py knows checkpoints of format 1 and 2, not {self.checkpoint_format}: {rule}")
+            raise ValueError(f"this model.py knows checkpoints of {known}, not of {self.checkpoint_format}: {rule}")
 
         def check(name: str, holds: bool, rule: str) -> None:
             if not holds:
@@ -111,22 +113,17 @@ class KBERTConfig(PretrainedConfig):
         for name in ("hidden_size", "intermediate_size"):
             check(name, getattr(self, name) % 64 == 0, "must be a multiple of 64")
         # HeadLoss sums exp(logit) in fp32, multiplies that by weights and divides by it: 2^32 are left on either side.
-        largest = math.log(torch.finfo(torch.float32).max / 2**32 / self.padded_vocab_size)
+        largest = math.log(torch.finfo(torch.float32).max / 2**32 / self.vocab_size)
         rule = f"must be at most {math.floor(largest)}, or the sum of exp(logit) over the vocabulary overflows"
         check("logit_softcap", self.logit_softcap <= largest, rule)
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        stored = config_dict.get("vocab_size", cls.vocab_size)
-        if kwargs.get("vocab_size", stored) != stored:  # rows are padded: other numbers may fit the weights
-            raise ValueError(f"the model has a vocabulary of {stored}: load it so, then model.resize_token_embeddings")
-        if config_dict.get("checkpoint_format", 1) == 1:
-            config_dict = config_dict | {"checkpoint_format": 2, "weight_multiplier": 1.0}
-        return super().from_dict(config_dict, **kwargs)
-
-    @property
-    def padded_vocab_size(self) -> int:
-        return -(-self.vocab_size // 128) * 128
+        stored_as = config_dict.get("checkpoint_format", 1)
+        undivided = {"weight_multiplier": 1.0} if stored_as == 1 else {}
+        alike = stored_as in (1, 2) and config_dict.get("vocab_size", cls.vocab_size) % 128 == 0
+        changed = undivided | {"checkpoint_format": 3 if alike else stored_as}
+        return super().from_dict(config_dict | changed, **kwargs)
 
     @property
     def head_dim(self) -> int:
@@ -318,31 +315,11 @@ class KBERTPreTrainedModel(PreTrainedModel):
             if module.skip_lambda is not None:
                 init.zeros_(module.skip_lambda)
 
-    @classmethod
-    def from_pretrained(cls, path, *args, config=None, **kwargs):
-        if isinstance(config, KBERTConfig) and path is not None:  # from_dict compares it with that of the weights
-            changed = {"trust_remote_code": None, "vocab_size": config.vocab_size}
-            KBERTConfig.from_pretrained(path, **kwargs | changed)
-        return super().from_pretrained(path, *args, config=config, **kwargs)
-
-    @torch.no_grad()
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, pad_to_multiple_of=None, mean_resizing=True):
-        """New words start out as the mean of those there are. Stored rows are padded_vocab_size, whatever is asked."""
-        if new_num_tokens is None:
-            return self.get_input_embeddings()
-        words, self.config.vocab_size = self.config.vocab_size, new_num_tokens
-        embedding = super().resize_token_embeddings(self.config.padded_vocab_size, mean_resizing=False)
-        self.config.vocab_size = new_num_tokens
-        for module in (embedding, self.get_output_embeddings()):
-            if module is not None and new_num_tokens > words:
-                module.weight[words:new_num_tokens] = module.weight[:words].mean(0)
-        return embedding
-
 
 class KBERTModel(KBERTPreTrainedModel):
     def __init__(self, config: KBERTConfig):
         super().__init__(config)
-        self.embed = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps, elementwise_affine=False)
         self.compute_dtype: torch.dtype | None = None  # of activations; None: the weights' own
@@ -445,7 +422,7 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
 
 
 class HeadLoss(torch.autograd.Function):
-    """Summed cross-entropy behind the tied head: hidden [N, d], weight [V padded, d], targets [N], -100 for none.
+    """Summed cross-entropy behind the tied head: hidden [N, d], weight [V, d], targets [N], -100 for none.
 
     Each logit is read once: softmax goes without subtracting the maximum, which the soft cap bounds (KBERTConfig checks
     that fp32 holds the sums), and the gradient is stored before its rows are divided by their sums; in the backward's
@@ -453,15 +430,18 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, vocab_size: int, uniform=None):
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, uniform=None):
         """uniform [N] in [0, 1): also return words [N], each drawn by its logits."""
+        V = ctx.vocab_size = weight.size(0)
+        if V % 128:  # products of other sizes are slow, and words are drawn in blocks of 128
+            weight = F.pad(weight, (0, 0, 0, -V % 128))
         target, has_target = targets.clamp(min=0)[:, None], targets >= 0  # [N, 1], [N]
         logits = hidden @ weight.t()  # [N, V padded]
         own, x = logits.gather(1, target)[:, 0].float(), logits.float()
         own_factor, factor = soft_cap(own, cap), soft_cap(x, cap)
         own = own * own_factor  # [N] the target's logit
         word = torch.arange(weight.size(0), device=weight.device, dtype=torch.int32)
-        weights = torch.where(word < vocab_size, (x * factor).exp(), 0.0)
+        weights = torch.where(word < V, (x * factor).exp(), 0.0)
         sums = None if uniform is None else weights.unflatten(1, (-1, 128)).sum(-1)
         total = (weights if sums is None else sums).sum(-1)  # [N]
         own_gradient = (own.exp() - total) * own_factor**3
@@ -470,7 +450,7 @@ class HeadLoss(torch.autograd.Function):
         loss = torch.where(has_target, total.log() - own, 0.0).sum()
         if uniform is None:
             return loss
-        words = draw_words(logits, sums, uniform, cap, vocab_size)
+        words = draw_words(logits, sums, uniform, cap, V)
         ctx.mark_non_differentiable(words)
         return loss, words
 
@@ -479,7 +459,8 @@ class HeadLoss(torch.autograd.Function):
         hidden, weight, gradient, scale = ctx.saved_tensors
         scale = (scale * upstream)[:, None]  # [N, 1]
         of_hidden = ((gradient @ weight) * scale).to(hidden.dtype)  # [N, d]
-        return of_hidden, gradient.t() @ (hidden * scale).to(hidden.dtype), None, None, None, None
+        of_weight = (gradient.t() @ (hidden * scale).to(hidden.dtype))[: ctx.vocab_size]
+        return of_hidden, of_weight, None, None, None
 
 
 def draw_words(logits: Tensor, sums: Tensor, uniform: Tensor, cap: float, vocab_size: int) -> Tensor:
@@ -505,13 +486,13 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
     def __init__(self, config: KBERTConfig):
         super().__init__(config)
         self.encoder = KBERTModel(config)
-        self.lm_head = Linear(config.hidden_size, config.padded_vocab_size)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., V]."""
         hidden = hidden.to(self.lm_head.weight.dtype) * self.config.weight_multiplier
-        x = self.lm_head(hidden)[..., : self.config.vocab_size].float()
+        x = self.lm_head(hidden).float()
         return x * soft_cap(x, self.config.logit_softcap)
 
     def loss(self, input_ids, document_ids, positions, masked, targets, max_seqlen, window=None, slots=None) -> Tensor:
@@ -531,7 +512,7 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
     def head_loss(self, hidden: Tensor, targets: Tensor, *uniform: Tensor):
         """As HeadLoss.forward."""
         hidden, weight = hidden * self.config.weight_multiplier, self.lm_head.weight.to(hidden.dtype)
-        return HeadLoss.apply(hidden, weight, targets, self.config.logit_softcap, self.config.vocab_size, *uniform)
+        return HeadLoss.apply(hidden, weight, targets, self.config.logit_softcap, *uniform)
 
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs) -> outputs.MaskedLMOutput:

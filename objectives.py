@@ -174,7 +174,7 @@ class GeneratorsAndOwn(nn.Embedding):
         return super().forward(input_ids) + self.generators[0](input_ids).detach()
 
     def sum(self) -> Tensor:
-        """[V padded, d]."""
+        """[V, d]."""
         return self.weight.detach() + self.generators[0].weight.detach()
 
 

@@ -149,16 +149,18 @@ def test_impossible_inputs_are_refused():
         model(ids[:, :0])
     with pytest.raises(ValueError, match="rope_parameters are not known here"):
         KBERTConfig(rope_parameters={"rope_theta": 10_000.0})
-    with pytest.raises(ValueError, match="knows checkpoints of format 1 and 2, not 3"):
-        KBERTConfig(checkpoint_format=3)
-    with pytest.raises(ValueError, match=f"input_ids go up to {VOCAB}, and there are {VOCAB}"):  # a row of padding
+    with pytest.raises(ValueError, match="knows checkpoints of format 3, .* not of 4"):
+        KBERTConfig(checkpoint_format=4)
+    with pytest.raises(ValueError, match="a vocabulary that is a multiple of 128, not of 2"):
+        KBERTConfig.from_dict({"checkpoint_format": 2, "vocab_size": VOCAB})
+    with pytest.raises(ValueError, match=f"input_ids go up to {VOCAB}, and there are {VOCAB}"):
         model(ids.fill_(VOCAB))
 
 
 @pytest.mark.parametrize("cls", (*HEADS, KBERTForReplacedTokenDetection))
 def test_matrices_stored_divided_are_the_same_function(tmp_path, cls):
     """Also those of a folder from before there was a multiplier: by one, of which its config.json says nothing."""
-    divided, inputs = tiny(cls), inputs_of(cls, LENGTHS)
+    divided, inputs = tiny(cls, vocab_size=256), inputs_of(cls, LENGTHS)
     divided.save_pretrained(tmp_path)
     weights, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
     own = {id(m.weight) for m in divided.modules() if isinstance(m, (Linear, torch.nn.Embedding))}
@@ -169,7 +171,7 @@ def test_matrices_stored_divided_are_the_same_function(tmp_path, cls):
     del config["weight_multiplier"], config["checkpoint_format"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     whole = cls.from_pretrained(tmp_path).eval()
-    assert whole.config.weight_multiplier == 1 and whole.config.checkpoint_format == 2
+    assert whole.config.weight_multiplier == 1 and whole.config.checkpoint_format == 3
     assert torch.equal(logits_of(whole, inputs), logits_of(divided, inputs))
 
 
@@ -213,18 +215,18 @@ def test_a_resized_vocabulary_survives_saving(tmp_path, words):
     loaded = KBERTForMaskedLM.from_pretrained(tmp_path)
     assert loaded.lm_head.weight is loaded.encoder.embed.weight
     logits = loaded(ids).logits
-    assert logits.shape == (2, 9, words)
+    assert logits.shape == (2, 9, words) and len(loaded.encoder.embed.weight) == words == loaded.config.vocab_size
     torch.testing.assert_close(logits[..., :VOCAB], before[..., :words])
-    for row in loaded.encoder.embed.weight[VOCAB:words]:
-        torch.testing.assert_close(row, mean)
+    for row in loaded.encoder.embed.weight[VOCAB:words]:  # transformers draws them close around the mean
+        torch.testing.assert_close(row, mean, atol=1e-3, rtol=0)
 
 
 def test_another_vocabulary_than_the_weights_is_refused(tmp_path):
     tiny().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"a vocabulary of {VOCAB}"):  # 190 rows are padded alike
+    with pytest.raises(RuntimeError, match="mismatched_sizes"):
         KBERTForMaskedLM.from_pretrained(tmp_path, vocab_size=190)
-    with pytest.raises(ValueError, match=f"a vocabulary of {VOCAB}"):
-        KBERTForMaskedLM.from_pretrained(tmp_path, config=tiny(vocab_size=190).config)
+    with pytest.raises(RuntimeError, match="mismatched_sizes"):
+        KBERTForMaskedLM.from_pretrained(pretrained_model_name_or_path=tmp_path, config=tiny(vocab_size=190).config)
 
 
 def test_mean_states_are_those_of_each_text_alone():

@@ -61,7 +61,7 @@ def make_model(config: KBERTConfig, max_length: int):
     same += ("pad_token_id", "cls_token_id", "sep_token_id")
     theirs = ModernBertConfig(
         **{name: getattr(config, name) for name in same},
-        vocab_size=config.padded_vocab_size,
+        vocab_size=-(-config.vocab_size // 128) * 128,  # for the speed of products
         max_position_embeddings=max_length,
         global_attn_every_n_layers=config.global_attention_every,
         local_attention=config.local_attention_window,
