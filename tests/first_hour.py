@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from dataloading import sha256_of, write_manifest, write_shard
+from dataloading import first_line, sha256_of, write_manifest, write_shard
 from model import PRESETS, KBERTConfig
 from records.log import MASKED_LAST_LAYER, PEAK_FLOPS, Work, environment, read_log
 from trainer import why_eager
@@ -57,10 +57,18 @@ class Machine:
         """command: a script of the repository and its arguments. Its output goes to NAME.txt."""
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         whole = [sys.executable, *(launcher if processes > 1 else []), *command.split()]
+        process = subprocess.Popen(whole, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        late = False
         try:
-            done = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-        except subprocess.TimeoutExpired as late:
-            done = subprocess.CompletedProcess(whole, 124, str(late.stdout or ""), f"more than {timeout} s")
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            late = True
+            process.terminate()  # torchrun then ends its workers, which would outlive it if it were killed
+            output, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        done = subprocess.CompletedProcess(whole, 124 if late else process.returncode, output, errors)
+        done.stdout += f"\nmore than {timeout} s" if late else ""
         said = f"$ {' '.join(whole[1:])}\n{done.stdout}\n{done.stderr}"
         (self.out / f"{name}.txt").write_text(said, encoding="utf-8")
         return done
@@ -161,7 +169,10 @@ def interruption(machine: Machine) -> Iterator[Check]:
                 process.send_signal(signal.SIGTERM)
                 break
             time.sleep(0.2)
-        code = process.wait(120)
+        try:
+            code = process.wait(120)
+        finally:
+            process.kill()
     saved = sorted(path.name for path in machine.out.glob("interrupted/checkpoints/*"))
     yield "SIGTERM saves and ends", "ok" if code == 0 and saved else "FAILED", f"exit code {code}, {saved}"
     yield verdict("and the run goes on", machine.run("resumed", f"{command} --train.resume auto"))
@@ -227,6 +238,15 @@ PARTS: dict[int, Callable[[Machine], Iterator[Check]]] = {
     5: speed,
     6: training,
 }
+
+
+def checks_of(number: int, machine: Machine) -> Iterator[Check]:
+    """Of a part. Where it breaks off, that is a check that failed, and the other parts go on."""
+    try:
+        yield from PARTS[number](machine)
+    except Exception as error:
+        yield "the rest of this part", "FAILED", f"{type(error).__name__}: {first_line(error)}"
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What to expect, computed: nothing of this has been measured
@@ -354,7 +374,7 @@ def main() -> None:
         started, title = time.monotonic(), f"Part {number}: {PARTS[number].__doc__.splitlines()[0]}"
         print(f"\n{title}", flush=True)
         report.write(f"\n{title}\n\n| check | | |\n|---|---|---|\n")
-        for what, state, figure in PARTS[number](machine):
+        for what, state, figure in checks_of(number, machine):
             failed += state == "FAILED"
             print(f"  {state:8s}{what}: {figure}", flush=True)
             report.write(f"| {what} | {state} | {figure} |\n")

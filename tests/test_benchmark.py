@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import first_hour
 from conftest import ROOT, run_python
-from first_hour import expected_rate
 
 TINY = ("--layers", 2, "--hidden", 64, "--heads", 1, "--intermediate", 64, "--row-tokens", 256, "--max-length", 96)
 
@@ -76,7 +77,35 @@ def test_the_first_hour_on_a_machine_without_a_gpu(tmp_path):
     assert "| tests/test_gpu.py | skipped | no GPU |" in report and "tokens/s, MFU" in report
 
 
+def test_a_part_that_breaks_off_is_a_failure_and_the_others_go_on(tmp_path, monkeypatch):
+    def broken(machine):
+        """Broken."""
+        yield "a figure", "ok", "1"
+        raise RuntimeError("no log")
+
+    def sound(machine):
+        """Sound."""
+        yield "another", "ok", "2"
+
+    monkeypatch.setattr(first_hour, "PARTS", {1: broken, 2: sound})
+    monkeypatch.setattr("sys.argv", ["first_hour.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        first_hour.main()
+    report = (tmp_path / "report.md").read_text()
+    assert ended.value.code == 1 and "| another | ok | 2 |" in report
+    assert "| a figure | ok | 1 |\n| the rest of this part | FAILED | RuntimeError: no log |" in report
+
+
+def test_a_command_of_the_first_hour_that_takes_too_long_is_ended(tmp_path):
+    script = tmp_path / "slow.py"
+    script.write_text("import time\nprint('begun', flush=True)\ntime.sleep(600)")
+    machine = first_hour.Machine(tmp_path, torch.device("cpu"), gpus=0, minutes=1, small=True)
+    done = machine.run("slow", str(script), timeout=5)
+    assert done.returncode == 124 and done.stdout == "begun\n\nmore than 5 s"
+    assert "begun" in (tmp_path / "slow.txt").read_text()
+
+
 def test_what_to_expect_of_an_h100_is_what_the_notebook_computes():
     """151 ms for a row of 65,536 tokens."""
-    tokens, mfu = expected_rate("base", "H100")
+    tokens, mfu = first_hour.expected_rate("base", "H100")
     assert tokens == pytest.approx(65_536 / 0.151, rel=0.02) and mfu == pytest.approx(0.34, abs=0.015)
