@@ -255,16 +255,24 @@ def spread_names(axis, names: list, points: list[tuple[float, float]], lines: li
             axis.plot(*back([(x, y), nearest]).T, color="#999999", lw=0.6, zorder=0)
 
 
-def draw_race(axes, race: dict[str, list[dict]]) -> None:
-    """What pretraining buys downstream, against its time and its FLOPs: race.json."""
-    for axis, (key, unit) in zip(axes, {"minutes": "minutes on one CPU core", "flops": "FLOPs"}.items()):
-        for color, (side, runs) in zip(COLORS, race.items()):
-            points = sorted((run[key], 100 * run["mnli_matched"]) for run in runs)
+COMPARISONS = {  # of KBERT with the baseline, measured here: in NAME.json; what they are drawn against, and by what
+    "race": (("minutes", "flops"), "mnli_matched", "LingNLI -> MNLI-m, accuracy (%)"),
+    "babylm": (("words", "flops"), "blimp", "BLiMP, 36 paradigms, accuracy (%)"),
+}
+UNITS = {"minutes": "minutes on one CPU core", "flops": "FLOPs", "words": "words shown"}
+
+
+def draw_comparison(axes, name: str, sides: dict[str, list[dict]]) -> None:
+    """What pretraining buys: a score against what was spent on it."""
+    spent, score, label = COMPARISONS[name]
+    for axis, key in zip(axes, spent):
+        for color, (side, runs) in zip(COLORS, sides.items()):
+            points = sorted((run[key], 100 * run[score]) for run in runs)
             if points[0][0] == 0:  # never pretrained
                 axis.axhline(points[0][1], color=color, lw=1, ls="--", label=side)
             else:
                 axis.plot(*zip(*points), "o-", color=color, lw=1.3, ms=4, label=side)
-        axis.set(xscale="log", xlabel=f"{unit} of pretraining (logarithmic)", ylabel="LingNLI -> MNLI-m, accuracy (%)")
+        axis.set(xscale="log", xlabel=f"pretraining: {UNITS[key]} (logarithmic)", ylabel=label)
         axis.xaxis.get_major_locator().set_params(subs=(1, 3))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("")
@@ -330,9 +338,10 @@ def pictures(
 ) -> Iterator[tuple[str, str, int, Callable]]:
     """File name, hash of its source, number of panels, and what draws them."""
     measured = [record.said["measured"] for record in itertools.chain(*records.values())]
-    if (root / "race.json").exists():
-        race = read_json(root / "race.json")
-        yield "race.png", source_hash(race), 2, lambda axes: draw_race(axes, race)
+    for name in COMPARISONS:
+        if (root / f"{name}.json").exists():
+            sides = read_json(root / f"{name}.json")
+            yield f"{name}.png", source_hash(sides), 2, lambda axes, it=(name, sides): draw_comparison(axes, *it)
     yield "pareto.png", source_hash(measured), 2, lambda axes: draw_published(axes, records)
     for name, track in tracks.items():
         if not (mine := records[name]):
