@@ -257,7 +257,7 @@ def spread_names(axis, names: list, points: list[tuple[float, float]], lines: li
 
 COMPARISONS = {  # of KBERT with the baseline, measured here: in NAME.json; what they are drawn against, and by what
     "race": (("minutes", "flops"), "mnli_matched", "LingNLI -> MNLI-m, accuracy (%)"),
-    "babylm": (("words", "flops"), "blimp", "BLiMP, 36 paradigms, accuracy (%)"),
+    "babylm": (("words", "flops"), "blimp", "BLiMP, 36 paradigms x 100 pairs, accuracy (%)"),
 }
 UNITS = {"minutes": "minutes on one CPU core", "flops": "FLOPs", "words": "words shown"}
 
