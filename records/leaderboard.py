@@ -13,6 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -257,7 +258,7 @@ def spread_names(axis, names: list, points: list[tuple[float, float]], lines: li
 
 COMPARISONS = {  # of KBERT with the baseline, measured here: in NAME.json; what they are drawn against, and by what
     "race": (("minutes", "flops"), "mnli_matched", "LingNLI -> MNLI-m, accuracy (%)"),
-    "babylm": (("words", "flops"), "blimp", "BLiMP, 36 paradigms x 100 pairs, accuracy (%)"),
+    "babylm": (("words", "flops"), "blimp", "BLiMP, 36 x 100 pairs, accuracy (%)"),
 }
 UNITS = {"minutes": "minutes on one CPU core", "flops": "FLOPs", "words": "words shown"}
 
@@ -341,7 +342,7 @@ def pictures(
     for name in COMPARISONS:
         if (root / f"{name}.json").exists():
             sides = read_json(root / f"{name}.json")
-            yield f"{name}.png", source_hash(sides), 2, lambda axes, it=(name, sides): draw_comparison(axes, *it)
+            yield f"{name}.png", source_hash(sides), 2, partial(draw_comparison, name=name, sides=sides)
     yield "pareto.png", source_hash(measured), 2, lambda axes: draw_published(axes, records)
     for name, track in tracks.items():
         if not (mine := records[name]):

@@ -58,17 +58,16 @@ class Machine:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         whole = [sys.executable, *(launcher if processes > 1 else []), *command.split()]
         process = subprocess.Popen(whole, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        late = False
         try:
             output, errors = process.communicate(timeout=timeout)
+            code = process.returncode
         except subprocess.TimeoutExpired:
-            late = True
             process.terminate()  # torchrun then ends its workers, which would outlive it if it were killed
             output, errors = process.communicate(timeout=60)
+            code, output = 124, f"{output}\nmore than {timeout} s"
         finally:
             process.kill()
-        done = subprocess.CompletedProcess(whole, 124 if late else process.returncode, output, errors)
-        done.stdout += f"\nmore than {timeout} s" if late else ""
+        done = subprocess.CompletedProcess(whole, code, output, errors)
         said = f"$ {' '.join(whole[1:])}\n{done.stdout}\n{done.stderr}"
         (self.out / f"{name}.txt").write_text(said, encoding="utf-8")
         return done
