@@ -360,7 +360,7 @@ def pictures(
 def update(root: Path, check: bool) -> list[Path]:
     """Returns what was stale and, unless only checked, has been written anew."""
     tracks = read_tracks(root)
-    records = {name: read_records(root / name, track) for name, track in tracks.items()}
+    records = {name: read_records(root / name) for name in tracks}
     readme, stale = root.parent / "README.md", []
     try:
         page = readme.read_text(encoding="utf-8")

@@ -293,8 +293,11 @@ CODE_HEADER = re.compile(r"^--- (?P<name>\S+) sha256:(?P<sha256>[0-9a-f]{64})(?:
 
 
 def read_code(names: Sequence[str]) -> dict[str, str]:
-    """Modules, by their paths in the repository. To be called first thing: what is edited later did not run."""
-    return {name: (ROOT / name).read_bytes().decode() for name in names}
+    """Modules, by their paths in the repository, whose last line is ended if it is not.
+
+    To be called first thing: what is edited later did not run.
+    """
+    return {name: (ROOT / name).read_bytes().decode().removesuffix("\n") + "\n" for name in names}
 
 
 def with_header(name: str, text: str) -> str:

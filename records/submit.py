@@ -15,10 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,11 +26,14 @@ from records.leaderboard import draw_runs
 from records.log import read_log
 from records.verify import (
     FOLDERS,
+    KEEP_CODE,
     MALFORMED,
+    NAME,
     RACES,
     RECORDS,
     Record,
     check_code,
+    check_complete,
     check_record,
     measure,
     read_records,
@@ -62,12 +64,12 @@ Logs: {links}. The first holds the code that ran. Command of the first run:
 
 
 def write_logs(into: Path, said: dict, *runs: Sequence[Path]) -> None:
-    """runs: those of each of FOLDERS. The first log as the run wrote it, the others without the code that it keeps."""
+    """runs: those of each of FOLDERS. A first log stays as it was written, the others lose the code that it keeps."""
     for folder, paths in zip(FOLDERS, runs):
         for number, path in enumerate(paths, 1):
             log, target = read_log(path), into / folder / f"{number}.txt"
             target.parent.mkdir(parents=True, exist_ok=True)
-            whole = folder == "logs" and number == 1
+            whole = folder in KEEP_CODE and number == 1
             target.write_bytes(log.path.read_bytes() if whole else log.text.encode())
     said["logs"] = [f"logs/{number}.txt" for number in range(1, len(runs[0]) + 1)]
 
@@ -112,17 +114,17 @@ def submit(root: Path, runs: Sequence[Path], said: dict, *others: Sequence[Path]
     try:
         write_logs(temporary, said, runs, *others)
         record = with_logs(temporary, said)
-        before = next(reversed(read_records(root / said["track"], track)), None)
+        before = next(reversed(read_records(root / said["track"])), None)
         if before:
             said["beats"] = before.path.name
         said["declared_runs"] = record.logs[0].named("config", "train", "declared_runs") or 0
+        refuse(check_complete(record, track, before))
         said["measured"] = measure(record, track, before)
         (temporary / "record.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
         drawn = {said["name"]: record.logs} | ({before.said["name"]: before.logs} if before else {})
         draw_runs(temporary / "curve.png", track, drawn)
         (temporary / "README.md").write_text(page(record, track, before), encoding="utf-8")
-        if problems := list(check_record(record, tracks, before)):
-            raise InputError("this is no record yet:\n" + "\n".join(problems))
+        refuse(check_record(record, tracks, before))
         os.replace(temporary, folder)
     except InputError:
         raise
@@ -135,22 +137,33 @@ def submit(root: Path, runs: Sequence[Path], said: dict, *others: Sequence[Path]
     return folder
 
 
+def refuse(found: Iterator[str]) -> None:
+    if problems := list(found):
+        raise InputError("this is no record yet:\n" + "\n".join(problems))
+
+
 def extract(path: Path, out: Path) -> str:
-    """Lays out the code of a log: of a record's first one, or a run's. Returns the command that the log opens with."""
-    log = read_log(path / "logs" / "1.txt" if (path / "record.json").exists() else path)
-    for problem in check_code(log):
-        raise InputError(problem)
+    """Lays out the code of a run's log, or of a record: of its first run and, if there is one, its first finetuning.
+
+    Returns the commands that these logs open with, a line each.
+    """
+    logs, code = [path], {}
+    if (path / "record.json").exists():
+        logs = [log for folder in KEEP_CODE if (log := path / folder / "1.txt").exists()]
+    logs = [read_log(log) for log in logs]
+    for log in logs:
+        for problem in check_code(log):
+            raise InputError(problem)
+        code |= log.code
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out} is there already, and is not an empty folder: choose another --out")
-    for name, text in log.code.items():
+    for name, text in code.items():
         target = out / name
         if not target.resolve().is_relative_to(out.resolve()):
-            raise InputError(
-                f"{log.path} names a module {name}, which would lie outside {out}: this is not a run's log"
-            )
+            raise InputError(f"{path} names a module {name}, which would lie outside {out}: this is not a run's log")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(text.encode())
-    return str(log.named("command")).strip()
+    return "\n".join(str(log.named("command")).strip() for log in logs)
 
 
 def main() -> None:
@@ -172,15 +185,15 @@ def main() -> None:
     if arguments.extract:
         if not arguments.out:
             parser.error("--extract needs --out DIR")
-        command = extract(arguments.extract, arguments.out)
-        print(f"written: {arguments.out}\nbring its data/ there, then run: {command}")
+        commands = extract(arguments.extract, arguments.out)
+        print(f"written: {arguments.out}\nbring its data/ there, then run:\n{commands}")
         return
     said = {name: getattr(arguments, name) for name in ("track", "name", "contributors", "what")}
     if missing := [f"--{name}" for name, value in said.items() if not value]:
         parser.error(f"a record needs {', '.join(missing)}")
     if not arguments.runs:
         parser.error("a record needs the folders of its runs")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", arguments.name):
+    if not NAME.fullmatch(arguments.name):
         raise InputError(f"--name {arguments.name!r}: use small letters, digits and dashes")
     said["date"] = max(str(read_log(run).named("environment", "started")) for run in arguments.runs)[:10]
     if arguments.systems_only:

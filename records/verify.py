@@ -6,9 +6,9 @@
 Prints what is wrong, one line each with file and line, and exits with 1; or says what it checked, and exits with 0.
 
 A record's folder: record.json (who and what, and `measured`, all that follows from the logs), logs/ (one for each
-declared run; the first keeps the code that ran), finetuned/ (logs of finetuner.py on these runs' models, if the track
-asks for them), paired/ and paired_finetuned/ (those of the record before on this record's machine, unless its own were
-made there), README.md and curve.png.
+declared run), finetuned/ (logs of finetuner.py on these runs' models, if the track asks for them; the first log of both
+folders keeps the code that ran), paired/ and paired_finetuned/ (those of the record before on this record's machine,
+unless its own were made there), README.md and curve.png.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ METRICS = {  # what finetuner.py measures of a run's model: task and split, whos
     "pairs": ("pairs", "validation"),
 }
 FOLDERS = ("logs", "finetuned", "paired", "paired_finetuned")  # of a record
+KEEP_CODE = FOLDERS[:2]
+FILES = re.compile(rf"record\.json|README\.md|curve\.png|({'|'.join(FOLDERS)})/\d+\.txt")
+NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 FREE_BETWEEN_MACHINES = (*FREE_BETWEEN_RUNS, "dir", "declared_runs")
 # What reading a value that is missing, or of another kind than a run writes, may raise
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
@@ -238,18 +241,23 @@ class Record:
     paired: list[Log]
     paired_finetuned: list[Log]
 
-    def order(self, track: dict) -> tuple[str, float]:
-        """By date; of one day the slower, costlier or worse first."""
-        race, measured = track["race"], self.said["measured"]
-        return self.said["date"], measured[track["target"]["metric"]] if race == "score" else -measured[race]
-
 
 def read_record(path: Path) -> Record:
     said = read_json(path / "record.json")
     missing = [key for key in ("track", "name", "date", "contributors", "declared_runs", "measured") if key not in said]
     if missing:
         raise InputError(f"{path / 'record.json'}: no {', '.join(missing)}")
+    name, date, contributors = said["name"], said["date"], said["contributors"]
+    if not NAME.fullmatch(str(name)) or path.resolve().name != f"{date}_{name}":
+        raise InputError(f"{path / 'record.json'}: the folder of {name!r} of {date} is not DATE_NAME in small letters")
+    if not (isinstance(contributors, list) and contributors and all(map(is_plain, contributors))):
+        raise InputError(f"{path / 'record.json'}: contributors is not a list of names without | < > [ ] and line ends")
     return with_logs(path, said)
+
+
+def is_plain(text: object) -> bool:
+    """Whether it can stand in a table as it is."""
+    return isinstance(text, str) and text.strip() != "" and not re.search(r"[|<>\[\]\r\n]", text)
 
 
 def with_logs(path: Path, said: dict) -> Record:
@@ -259,10 +267,20 @@ def with_logs(path: Path, said: dict) -> Record:
     return Record(path, said, *map(read, FOLDERS))
 
 
-def read_records(folder: Path, track: dict) -> list[Record]:
-    """A track's records, the oldest first."""
-    records = [read_record(path.parent) for path in folder.glob("*/record.json")]
-    return sorted(records, key=lambda record: record.order(track))
+def read_records(folder: Path) -> list[Record]:
+    """A track's records, each behind the one that it beats. Raises InputError where they are no such chain."""
+    records = sorted((read_record(path.parent) for path in folder.glob("*/record.json")), key=lambda r: r.path.name)
+    chain, beaten = [], None
+    while following := [record for record in records if record.said.get("beats") == beaten]:
+        if len(following) > 1:
+            names = " and ".join(record.path.name for record in following)
+            said = f"beat {beaten}" if beaten else "say of no record that they beat it"
+            raise InputError(f"{folder}: {names} {said}: run the later against the other, and submit it again")
+        chain += following
+        beaten = following[0].path.name
+    if lost := {record.path.name for record in records} - {record.path.name for record in chain}:
+        raise InputError(f"{folder}: {', '.join(sorted(lost))} beats a record that is not there")
+    return chain
 
 
 def accuracy(log: Log, metric: str) -> float:
@@ -394,20 +412,23 @@ def check_together(logs: Sequence[Log], what: str, free: Sequence[str] = FREE_BE
 
 
 def check_files(record: Record) -> Iterator[str]:
-    """Logs and links: those that are named, no others."""
+    """Files, logs and links: those that are named, no others."""
     place, named = record.path / "record.json", record.said.get("logs", [])
     for name in named:
         if not (record.path / name).exists():
             yield f"{place}: {name} is not there"
     if extra := {log.path.relative_to(record.path).as_posix() for log in record.logs} - set(named):
         yield f"{place}: {', '.join(sorted(extra))} is there, but not named"
-    size = sum(path.stat().st_size for path in record.path.rglob("*") if path.is_file())
+    files = {path.relative_to(record.path).as_posix(): path for path in record.path.rglob("*") if not path.is_dir()}
+    if others := sorted(name for name in files if not FILES.fullmatch(name)):
+        yield f"{record.path}: {', '.join(others)}: not a file of a record"
+    size = sum(path.stat().st_size for path in files.values())
     if size > MOST_BYTES:
         yield f"{record.path}: {size:,} bytes, more than {MOST_BYTES:,}: log every few steps (--train.log_every)"
     for page in record.path.glob("*.md"):
         for number, line in enumerate(page.read_text(encoding="utf-8").split("\n"), 1):
-            for link in re.findall(r"\]\(([^)#\s]+)\)", line):
-                if "://" not in link and not (page.parent / link).exists():
+            for link in re.findall(r"\]\(([^)#\s]+)", line):
+                if not re.match(r"\w+:", link) and not (page.parent / link).exists():
                     yield f"{page}:{number}: a link to {link}, which is not there"
 
 
@@ -445,6 +466,8 @@ def check_track(log: Log, track: dict) -> Iterator[str]:
     for keys, value in expected.items():
         if log.named(*keys) != value:
             yield f"{at(log, keys[0])}: {'.'.join(keys)} is {log.named(*keys)!r}, the track's is {value!r}"
+    if log.named("config", "data").get("verify") is False:
+        yield f"{at(log, 'config')}: --data.verify false: nobody looked whether the shards are those of the hash"
     objective = log.named("config", "train").get("objective", "mlm")
     if track["target"]["metric"] == "val_loss" and objective != "mlm":
         yield f"{at(log, 'config')}: the track's target is the val_loss of mlm; that of {objective} is its generator's"
@@ -491,8 +514,37 @@ def check_finetuned(logs: Sequence[Log], finetuned: Sequence[Log], track: dict) 
             yield f"{at(log, 'data')}: it started from another model than these runs'"
         yield from check_seal(log)
         yield from check_judged_by(log, track)
+        yield from check_tuning(log, task)
     if finetuned:
         yield from check_together(finetuned, "a finetuning", (*FREE_BETWEEN_RUNS, "base_model"))
+
+
+def check_tuning(log: Log, task: str) -> Iterator[str]:
+    """Every line of a finetuning is there, in order, up to its last step."""
+    settings = settings_of(log)
+    examples = log.named("result", "splits", task).get("train", {}).get("examples", 0)  # none: judged as it is
+    steps = max(1, round(settings["epochs"] * -(-examples // settings["batch_size"])))
+    for run, lines in itertools.groupby(log.lines, lambda line: line.run):
+        lines = list(lines)
+        for before, line in itertools.pairwise(lines):
+            if line.step < before.step or line.seconds < before.seconds:
+                yield f"{log.path}:{line.number}: step or train_time does not grow"
+        if not examples:
+            continue
+        last, found = lines[-1].step, {line.step for line in lines if line.train_loss is not None}
+        if last > steps or last < steps and settings.get("patience") is None:
+            yield f"{log.path}:{lines[-1].number}: run {run} ended after {last} steps of {steps}"
+        if missing := sorted({*range(settings["log_every"], last + 1, settings["log_every"]), last} - found):
+            yield f"{log.path}: no train_loss after step {missing[0]} of run {run}"
+
+
+def check_tuning_code(record: Record) -> Iterator[str]:
+    """The code that finetuned is kept; where it is that of the runs too, it is the same."""
+    for log in record.finetuned[:1]:
+        yield from check_code(log)
+        first = record.logs[0].hashes
+        if other := [name for name in sorted(first) if log.hashes.get(name, first[name]) != first[name]]:
+            yield f"{log.path}: other code than {record.logs[0].path.name} of logs/ ({', '.join(other)})"
 
 
 def check_judged_by(log: Log, track: dict) -> Iterator[str]:
@@ -543,18 +595,13 @@ def check_better(record: Record, track: dict, before: Record, measured: dict) ->
     """Than the record before, by its own code; of seconds, or a score after some time, on the same machine."""
     place, beaten = record.path / "record.json", before.path.name
     theirs, their_finetuned = rivals(record, before)
-    if record.said.get("beats") != beaten:
-        yield f"{place}: beats is {record.said.get('beats')!r}; the record before is {beaten}"
     yield from check_together(theirs, "a run of the record before")
-    for log in record.paired:
-        yield from check_run(log)
+    yield from check_paired(record, track, before)
     if theirs[0].hashes != before.logs[0].hashes:
         yield f"{theirs[0].path}: not the code of {beaten}"
     ran, ran_before = (settings_of(log, FREE_BETWEEN_MACHINES) for log in (theirs[0], before.logs[0]))
     if different := differing(ran, ran_before):
         yield f"{at(theirs[0], 'config')}: not the settings of {beaten}: {different}"
-    if record.paired and track["race"] == "score":
-        yield from check_paired_finetuned(record, track, before)
     finetuned = [*their_finetuned, *record.finetuned] if track["race"] == "score" else []
     if track["race"] != "flops":
         yield from check_machine([*theirs, *record.logs, *finetuned], record.logs[0])
@@ -564,6 +611,20 @@ def check_better(record: Record, track: dict, before: Record, measured: dict) ->
     elif not measured[race.p] < SIGNIFICANCE:
         gained = f"{measured[race.gain]:.3f} {race.by} it, p = {measured[race.p]:.4f}"
         yield f"{place}: not {race.better} than {beaten} ({gained}, asked for: below {SIGNIFICANCE})"
+
+
+def check_paired(record: Record, track: dict, before: Record) -> Iterator[str]:
+    """Whole runs on the track's data, as many as the record's own, compiled where the record before was."""
+    compiled = before.logs[0].named("environment").get("compiled")
+    for log in record.paired:
+        yield from check_run(log)
+        yield from check_track(log, track)
+        if (found := log.named("environment").get("compiled")) != compiled:
+            yield f"{at(log, 'environment')}: compiled is {found}, that of {before.path.name} {compiled}"
+    seeds = sorted(log.named("config", "train", "seed") for log in record.paired)
+    if seeds and (seeds != list(range(1, len(seeds) + 1)) or len(seeds) < len(record.logs)):
+        there, asked = ", ".join(map(str, seeds)), len(record.logs)
+        yield f"{record.path / 'paired'}: runs with seeds {there}; asked for: at least {asked}, with seeds from 1"
 
 
 def check_paired_finetuned(record: Record, track: dict, before: Record) -> Iterator[str]:
@@ -608,26 +669,35 @@ def check_record(record: Record, tracks: dict[str, dict], before: Record | None)
         yield f"{record.path / 'logs'}: no logs"
     else:
         yield from check_files(record)
-        yield from check_declared(record, track)
+        yield from (lacking := list(check_complete(record, track, before)))
         yield from check_code(record.logs[0])
+        yield from check_tuning_code(record)
         for log in record.logs:
             yield from check_run(log)
             yield from check_track(log, track)
         yield from check_together(record.logs, "a run of this record")
-        yield from check_finetuned(record.logs, record.finetuned, track)
         yield from check_limits(record, track)
-        yield from check_claim(record, track, before)
+        if not lacking:
+            yield from check_claim(record, track, before)
+
+
+def check_complete(record: Record, track: dict, before: Record | None) -> Iterator[str]:
+    """All is there that `measure` counts."""
+    yield from check_declared(record, track)
+    yield from check_finetuned(record.logs, record.finetuned, track)
+    if before and record.paired and track["race"] == "score":
+        yield from check_paired_finetuned(record, track, before)
 
 
 def verify(path: Path) -> list[str]:
     """What is wrong with a record."""
     try:
-        record, folder = read_record(path), path.resolve().parent
-        tracks, earlier = read_tracks(folder.parent), []
-        if track := tracks.get(folder.name):
-            order = record.order(track)
-            earlier = [other for other in read_records(folder, track) if other.order(track) < order]
-        return list(dict.fromkeys(check_record(record, tracks, earlier[-1] if earlier else None)))
+        record, whole = read_record(path), path.resolve()
+        tracks, before = read_tracks(whole.parents[1]), None
+        if whole.parent.name in tracks:
+            chain = {other.path.name: other for other in read_records(whole.parent)}
+            before = chain.get(record.said.get("beats"))
+        return list(dict.fromkeys(check_record(record, tracks, before)))
     except InputError as error:
         return [str(error)]
     except MALFORMED as error:
@@ -637,7 +707,8 @@ def verify(path: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=Path, nargs="*", metavar="DIR", help="folders of records [all]")
-    found = parser.parse_args().records or sorted(path.parent for path in RECORDS.glob("*/*/record.json"))
+    found = [path.absolute() if path == Path() else path for path in parser.parse_args().records]
+    found = found or sorted(path.parent for path in RECORDS.glob("*/*/record.json"))
     problems = [problem for path in found for problem in verify(path)]
     names = ", ".join(f"{path.parent.name}/{path.name}" for path in found)
     print("\n".join(problems) or f"{len(found)} records verified: {names}")

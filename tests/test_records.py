@@ -38,10 +38,10 @@ from data.tasks import TASKS
 from dataloading import InputError, sha256_of
 from records.baseline import modernbert
 from records.leaderboard import BEGIN, END, draw_published, duration, matches, update
-from records.log import LOG_LINE, WHOLE_LAST_LAYER, log_line, read_log, split_code
+from records.log import LOG_LINE, WHOLE_LAST_LAYER, log_line, read_code, read_log, split_code, with_header
 from records.plot import draw, figure, series
 from records.submit import extract, submit
-from records.verify import METRICS, RACES, check_run, check_track, expected_steps, refusal, verify
+from records.verify import METRICS, RACES, check_run, check_track, expected_steps, read_records, refusal, verify
 
 SHORT = {"steps": 8, "valid_every": 4, "log_every": 2, "save_every": 0, "declared_runs": 3}
 
@@ -169,6 +169,14 @@ def test_commands_say_what_they_found(archive, record):
     assert done.returncode == 1 and "seeds 1, 3" in done.stdout
 
 
+def test_code_whose_last_line_is_not_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr("records.log.ROOT", tmp_path)
+    (tmp_path / "trainer.py").write_text("a\nmain()")
+    code = read_code(["trainer.py"])
+    text, found = split_code(with_header("trainer.py", code["trainer.py"]) + "\n=== run\n")
+    assert found == code == {"trainer.py": "a\nmain()\n"} and text.endswith("\n=== run\n") and "main" not in text
+
+
 def test_expected_lines():
     train = {"log_every": 10, "valid_every": 25, "save_every": 0}
     assert expected_steps(train, 52) == ({10, 20, 25, 30, 40, 50, 52, 0}, {0, 25, 50, 52})
@@ -219,7 +227,7 @@ def test_extracting_refuses_what_would_do_harm(record, tmp_path):
 
 def test_commands_of_submit(record, tmp_path):
     done = run_python("records/submit.py", "--extract", record, "--out", tmp_path / "code")
-    assert done.returncode == 0 and "run: trainer.py --preset micro" in done.stdout
+    assert done.returncode == 0 and "then run:\ntrainer.py --preset micro" in done.stdout
     assert (tmp_path / "code" / "trainer.py").read_bytes() == (ROOT / "trainer.py").read_bytes()
     done = run_python("records/submit.py", "logs/run", "--track", "tiny")
     assert done.returncode == 2 and "a record needs --name, --contributors, --what" in done.stderr
@@ -296,6 +304,7 @@ def test_flops_of_logs_from_before_ways_to_count_had_names(record):
         ("data", "validation.masked_tokens", 7, "data.validation.masked_tokens is 7"),
         ("data", "hash", "other", "data.hash is 'other'"),
         ("config", "data.max_length", 512, "config.data.max_length is 512"),
+        ("config", "data.verify", False, "--data.verify false"),
         ("environment", "device", "a faster one", "a run of this record: device is 'a faster one'"),
         ("environment", "torch", "9.9", "torch is '9.9'"),
         ("environment", "world_size", 8, "world_size is 8, the track's is 1"),
@@ -356,6 +365,7 @@ def test_numbers_of_record_json_are_recomputed(record):
     change_json(record / "record.json", measured=said["measured"] | {"seconds": 1.0})
     assert any("measured.seconds is 1.0, the logs give" in problem for problem in verify(record))
     change_json(record / "record.json", date="2020-01-01")
+    record = record.rename(record.with_name("2020-01-01_ours"))
     assert any("the date is 2020-01-01, the last run started" in problem for problem in verify(record))
 
 
@@ -375,23 +385,77 @@ def test_faster_only_on_a_faster_machine(record):
     assert "not faster than" in problems and "one machine" not in problems
 
 
-def test_paired_runs_are_of_the_record_before(record):
-    (record / "paired").mkdir()
+def test_a_slower_machine_beats_by_its_own_paired_runs(record):
+    """Twice as fast as the record before, but slower than that was on its machine: of the same day, it stands last."""
+    other = in_section("environment", "machine", "another")
     for number in (1, 2, 3):
-        text = read_log(record / "logs" / f"{number}.txt").text
-        other = retimed(re.sub(r"(--- model.py sha256:)....", r"\g<1>0000", text), 3.0, 0.01 * number)
-        (record / "paired" / f"{number}.txt").write_text(other)
-    assert any("not the code of" in problem for problem in verify(record))
+        change(record / "logs" / f"{number}.txt", lambda text, n=number: retimed(other(text), 3.0, 0.01 * n))
+    pair(record, other, seconds=6.0)
+    measured = json.loads((record / "record.json").read_text())["measured"]
+    said = "\n".join(verify(record))
+    for name in ("seconds", "seconds_std", "p_faster", "speedup"):
+        if found := re.search(rf"measured\.{name} is \S+, the logs give (\S+)", said):
+            measured[name] = float(found[1])
+    change_json(record / "record.json", measured=measured)
+    assert verify(record) == [] and measured["speedup"] == pytest.approx(2, abs=0.01)
+    assert [other.path for other in read_records(record.parent)][-1] == record
 
 
-def test_paired_runs_have_the_settings_of_the_record_before(record):
+def pair(record: Path, edit: Callable[[str], str], seconds: float = 3.0) -> None:
+    """Runs of the record before, which has the code and the settings of this one."""
     (record / "paired").mkdir()
     for number in (1, 2, 3):
-        text = retimed(read_log(record / "logs" / f"{number}.txt").text, 3.0, 0.01 * number)
-        slower = in_section("config", "train.embed_lr", 1e-9)(text)
-        (record / "paired" / f"{number}.txt").write_text(sealed(slower))
-    before = json.loads((record / "record.json").read_text())["beats"]
-    assert any(problem.endswith(f"not the settings of {before}: embed_lr") for problem in verify(record))
+        text = edit(read_log(record / "logs" / f"{number}.txt").text)
+        (record / "paired" / f"{number}.txt").write_text(retimed(text, seconds, 0.01 * number))
+
+
+PAIRED = (
+    (lambda text: re.sub(r"(--- model.py sha256:)....", r"\g<1>0000", text), "not the code of"),
+    (in_section("config", "train.embed_lr", 1e-9), "not the settings of DATE_before: embed_lr"),
+    (in_section("environment", "compiled", True), "compiled is True, that of DATE_before False"),
+    (in_section("data", "hash", "other"), "data.hash is 'other', the track's is"),
+    (
+        lambda text: in_section(
+            "config", "train.seed", json.loads(text.split("=== config\n")[1].split("\n")[0])["train"]["seed"] + 1
+        )(text),
+        "runs with seeds 2, 3, 4; asked for: at least 3",
+    ),
+)
+
+
+@pytest.mark.parametrize("edit,message", PAIRED, ids=range(len(PAIRED)))
+def test_paired_runs_are_those_of_the_record_before(record, edit, message):
+    pair(record, edit)
+    message = message.replace("DATE_before", json.loads((record / "record.json").read_text())["beats"])
+    assert any(message in problem for problem in verify(record)), verify(record)
+
+
+def test_each_record_beats_one_that_no_other_beats(record):
+    beats = json.loads((record / "record.json").read_text())["beats"]
+    change_json(record / "record.json", beats="2020-01-01_lost")
+    assert verify(record) == [f"{record.parent}: {record.name} beats a record that is not there"]
+    change_json(record / "record.json", beats=None)
+    assert f"{beats} and {record.name} say of no record that they beat it" in verify(record)[0]
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    (
+        ({"contributors": ["a | b"]}, "contributors is not a list of names"),
+        ({"contributors": "me"}, "contributors is not a list of names"),
+        ({"name": "ours |"}, "is not DATE_NAME"),
+        ({"name": "theirs"}, "is not DATE_NAME"),
+    ),
+)
+def test_what_would_break_the_table(record, values, message):
+    change_json(record / "record.json", **values)
+    (problem,) = verify(record)
+    assert message in problem
+
+
+def test_files_that_no_record_has(record):
+    (record / "test_more.py").write_text("")
+    assert verify(record) == [f"{record}: test_more.py: not a file of a record"]
 
 
 def test_a_device_is_named_by_whole_words(record):
@@ -412,7 +476,10 @@ def test_a_device_is_named_by_whole_words(record):
 
 def test_links_lead_somewhere(record):
     with open(record / "README.md", "a") as file:
-        file.write("[the other log](logs/9.txt)\n")
+        file.write("[the track](../../README.md#tracks) [me](mailto:a@b.c)\n")
+    assert verify(record) == []
+    with open(record / "README.md", "a") as file:
+        file.write("[the other log](logs/9.txt#there)\n")
     assert any("README.md:" in problem and "a link to logs/9.txt" in problem for problem in verify(record))
 
 
@@ -518,12 +585,49 @@ def test_a_forged_finetuning(by_mnli, section, name, value, message):
     assert any(message in problem for problem in verify(by_mnli))
 
 
+@pytest.mark.parametrize(
+    "edit,message",
+    (
+        (
+            lambda text: re.sub(r"task:mnli run:2/3 step:3/3 .*train_loss.*\n", "", text),
+            "no train_loss after step 3 of run 2",
+        ),
+        (lambda text: re.sub(r"task:mnli run:2/3 .*\n", "", text), "not the median of the runs' last dev_score"),
+        (
+            lambda text: re.sub(r"(run:2/3 step:)3(/3 .*dev_score)", r"\g<1>2\2", text),
+            "step or train_time does not grow",
+        ),
+        (lambda text: text.replace(":3/3 ", ":4/3 "), "ended after 4 steps of 3"),
+    ),
+)
+def test_lines_of_a_finetuning(by_mnli, edit, message):
+    change(by_mnli / "finetuned" / "2.txt", edit)
+    assert any(message in problem for problem in verify(by_mnli)), verify(by_mnli)
+
+
+def test_the_code_that_finetuned_is_kept(by_mnli, tmp_path):
+    first, commands = by_mnli / "finetuned" / "1.txt", extract(by_mnli, tmp_path / "code").split("\n")
+    assert [command.split()[0] for command in commands] == ["trainer.py", "finetuner.py"]
+    for name in finetuner.MODULES:
+        assert (tmp_path / "code" / name).read_bytes() == (ROOT / name).read_bytes()
+    for name, message in (
+        ("finetuner.py", "not the code that ran: finetuner.py"),
+        ("model.py", "other code than 1.txt"),
+    ):
+        kept = first.read_text()
+        change(first, lambda text, name=name: re.sub(rf"(--- {name} sha256:)....", r"\g<1>0000", text))
+        assert any(message in problem for problem in verify(by_mnli)), name
+        first.write_text(kept)
+    first.write_text(read_log(first).text)
+    assert any("1.txt: no code in it" in problem for problem in verify(by_mnli))
+
+
 # --- a record by its score after a fixed time
 
 
 def scored(text: str, score: float) -> str:
     """The same finetuning with another result, consistent down to the hash."""
-    text = re.sub(r"dev_score:\S+", f"dev_score:{score:.4f}", text)
+    text = re.sub(r"dev_score:\d\S*", f"dev_score:{score:.4f}", text)
     return sealed(in_section("result", "results.mnli.pretrained.validation_matched.accuracy.median", score)(text))
 
 
@@ -724,6 +828,8 @@ def test_submit_refuses_and_leaves_nothing(archive, runs):
     before = sorted(archive.rglob("*"))
     with pytest.raises(InputError, match="this is no record yet:\n.*the date is 2020-01-01"):
         submit(archive, runs, dict(said))
+    with pytest.raises(InputError, match="3 runs were declared, with seeds from 1; there are those with seeds 2"):
+        submit(archive, runs[1:2], dict(said))
     with pytest.raises(InputError, match="not declared"):
         submit(archive, runs, said | {"track": "other"})
     with pytest.raises(InputError, match="is not there"):
