@@ -368,6 +368,12 @@ class RowStream:
 # Rows -> tensors -> device
 
 
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Without waiting for a GPU, which a copy from memory that is not pinned does."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 def in_background(iterator: Iterator, depth: int = 2) -> Iterator:
     """Runs a generator in a thread of its own, up to `depth` items ahead. What it raises is raised here."""
     background, end = ThreadPoolExecutor(1), object()  # Python waits for its thread before it exits
@@ -445,7 +451,7 @@ class Loader:
         return in_background(self._rows(stream), self.rows_ahead)
 
     def _rows(self, stream: RowStream) -> Iterator[Row]:
-        if self.device.type == "cuda":
+        if self.device.index is not None:
             torch.cuda.set_device(self.device)  # a thread begins on GPU 0, whatever its rank
         index = self.first_index
         while True:
@@ -479,16 +485,12 @@ class Loader:
         document_ids = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         positions = np.arange(size, dtype=np.int32) - np.repeat(np.cumsum(lengths) - lengths, lengths).astype(np.int32)
 
-        def to_device(array: np.ndarray) -> torch.Tensor:
-            tensor = torch.from_numpy(array)
-            return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
-
         return Row(
             index,
-            to_device(input_ids),
-            to_device(document_ids),
-            to_device(positions),
-            to_device(offsets >= 0),
+            to_device(input_ids, self.device),
+            to_device(document_ids, self.device),
+            to_device(positions, self.device),
+            to_device(offsets >= 0, self.device),
             offsets,
             round_text=[sum(length for _, _, length in row) for row in rounds],
             round_lengths=np.array([length + 2 for row in rounds for _, _, length in row], dtype=np.int64),

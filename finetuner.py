@@ -46,7 +46,7 @@ from transformers.utils import ModelOutput
 from data.blimp import Pairs
 from data.examples import MissingData, Split
 from data.tasks import GLUE, TASKS, Data, Kind, read_data
-from dataloading import InputError, first_line, read_json, sha256_of
+from dataloading import InputError, first_line, read_json, sha256_of, to_device
 from model import (
     KBERTConfig,
     KBERTForMaskedLM,
@@ -434,9 +434,9 @@ class Network:
         document_ids = np.repeat(np.arange(len(row) + 1, dtype=np.int32), repeats)
         positions = np.arange(T, dtype=np.int32) - np.repeat(np.array([*starts, total], dtype=np.int32), repeats)
         arrays = (input_ids, document_ids, positions)
-        input_ids, document_ids, positions = (torch.from_numpy(x).to(self.device) for x in arrays)
+        input_ids, document_ids, positions = (to_device(x, self.device) for x in arrays)
         wanted = self.kind.wanted(split, row)
-        wanted = None if wanted is None else torch.from_numpy(starts + wanted).to(self.device)  # [n]
+        wanted = None if wanted is None else to_device(starts + wanted, self.device)  # [n]
         hidden = self.states(input_ids, document_ids, positions, longest, wanted)  # [T, d] or [n, d]
         places = (document_ids[:total].long(), positions[:total].long())
         return self.packed_logits(hidden, places, lengths, batch_index, batch)
@@ -460,14 +460,14 @@ class Network:
         The classifier sees the whole batch, zero where another row or rank has the example: so dropout, drawn from the
         step's seed, meets each example alike wherever it lies.
         """
-        starts, sizes = np.cumsum(lengths) - lengths, torch.from_numpy(lengths).to(self.device)
+        starts, sizes = np.cumsum(lengths) - lengths, to_device(lengths, self.device)
         if self.model.config.classifier_pooling == "cls":
-            pooled = hidden[torch.from_numpy(starts).to(self.device)]  # [n, d]
+            pooled = hidden[to_device(starts, self.device)]  # [n, d]
         else:
             zeros = hidden.new_zeros(len(lengths), hidden.size(-1), dtype=torch.float32)
             pooled = zeros.index_add(0, places[0], hidden[: len(places[0])].float())
             pooled = (pooled / sizes[:, None]).to(hidden.dtype)
-        index = torch.from_numpy(batch_index).to(self.device)
+        index = to_device(batch_index, self.device)
         whole = hidden.new_zeros(batch, hidden.size(-1)).index_copy(0, index, pooled)  # [B, d]
         return self.model.classify(whole)[index]
 
@@ -494,15 +494,15 @@ class Network:
         if split.segments is not None:
             inputs["token_type_ids"] = np.zeros(mask.shape, dtype=np.int64)
             inputs["token_type_ids"][mask] = np.concatenate([split.of(split.segments, i) for i in row])
-        inputs = {name: torch.from_numpy(value).to(self.device) for name, value in inputs.items()}
+        inputs = {name: to_device(value, self.device) for name, value in inputs.items()}
         wanted = self.kind.wanted(split, row)
         if wanted is not None:
-            return self.wanted_logits(inputs, torch.from_numpy(wanted).to(self.device))
+            return self.wanted_logits(inputs, to_device(wanted, self.device))
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.model.training):
             out = self.model(**inputs)
         if "logits" in out:
             return out.logits.float()
-        outside = torch.from_numpy(~mask).to(self.device)
+        outside = to_device(~mask, self.device)
         return torch.stack([out.start_logits, out.end_logits], dim=1).float().masked_fill(outside[:, None], -torch.inf)
 
     def wanted_logits(self, inputs: dict[str, Tensor], wanted: Tensor) -> Tensor:
@@ -518,7 +518,7 @@ class Network:
 
     def loss(self, split: Split, row: np.ndarray, batch_index: np.ndarray, batch: int) -> Tensor:
         """Of a row's examples, as their share of the mean over the step's batch."""
-        labels = torch.from_numpy(split.labels[row]).to(self.device)
+        labels = to_device(split.labels[row], self.device)
         return self.kind.loss(self.outputs(split, row, batch_index, batch), labels) / batch
 
 

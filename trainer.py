@@ -757,7 +757,8 @@ def warm_up(objective: MaskedLM | ReplacedTokenDetection, train: TrainConfig, ro
     nowhere = np.full(row_tokens, -1)
     row = Row(0, ids, token // max_length, token % max_length, text, nowhere, [row_tokens], nowhere, {})
     most, full = mask_count(max(mask_rate(0, train), mask_rate(1, train)), row_tokens), config.local_attention_window
-    for window in sorted({local_window(promille / 1000, train, full) for promille in range(1001)}):
+    windows = sorted({local_window(promille / 1000, train, full) for promille in range(1001)})
+    for window in [*windows, windows[-1]]:  # twice at least: from the second row on, gradients take memory already
         objective.loss(row, most, window, 1, 1)[0].backward()
 
 
@@ -783,8 +784,8 @@ def fit_row_tokens(sizes: list[int], process: Process, attempt: Callable[[int], 
         failed = 0.0
         try:
             attempt(size)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; the compiler and NCCL raise others
-            if "out of memory" not in str(error).lower():
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; the compiler, NCCL and cuBLAS raise others
+            if not re.search("out of memory|alloc_failed", str(error), re.IGNORECASE):
                 raise
             failed = 1.0
         if not process.sum(failed)[0]:

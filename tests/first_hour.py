@@ -13,6 +13,7 @@ what to send, and the output of every command.
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,8 +76,12 @@ class Machine:
     def train(self, name: str, preset: str, more: str, processes: int = 1) -> subprocess.CompletedProcess:
         shape = TINY if self.small else "--data.max_length 1024"
         settings = f"--preset {preset} --data.dir {self.data} {shape} --data.valid_tokens 20000 --train.valid_every 0"
-        where = f"--train.out {self.out} --train.run_name {name}"
-        return self.run(f"{name}_output", f"trainer.py {settings} {where} {more}", processes)
+        return self.run(f"{name}_output", f"trainer.py {settings} {self.fresh(name)} {more}", processes)
+
+    def fresh(self, name: str) -> str:
+        """Flags of a run, for which what an earlier hour left makes room."""
+        shutil.rmtree(self.out / name, ignore_errors=True)
+        return f"--train.out {self.out} --train.run_name {name}"
 
 
 Check = tuple[str, str, str]  # what, "ok", "FAILED" or "skipped", and the figure or the reason
@@ -157,8 +162,7 @@ def ranks(machine: Machine) -> Iterator[Check]:
 def interruption(machine: Machine) -> Iterator[Check]:
     shape = TINY if machine.small else "--data.max_length 1024"
     command = f"trainer.py --preset base {shape} --data.dir {machine.data} --data.valid_tokens 20000 --train.steps 60"
-    command += " --train.grad_accum 1 --train.log_every 5 --train.valid_every 0"
-    command += f" --train.out {machine.out} --train.run_name interrupted"
+    command += f" --train.grad_accum 1 --train.log_every 5 --train.valid_every 0 {machine.fresh('interrupted')}"
     log = machine.out / "interrupted" / "log.txt"
     with open(machine.out / "interrupted.txt", "w") as output:
         process = subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, stdout=output, stderr=output)
@@ -219,8 +223,7 @@ def training(machine: Machine) -> Iterator[Check]:
         settings = f"{TINY} --data.dir {machine.data} --train.batch_tokens 2048 --data.valid_tokens 20000"
     else:
         settings = "--model.num_hidden_layers 7 --train.batch_tokens 65536 --train.row_tokens none --train.log_every 50"
-    command = f"trainer.py --preset micro {settings} --train.max_minutes {machine.minutes}"
-    command += f" --train.out {machine.out} --train.run_name trained"
+    command = f"trainer.py --preset micro {settings} --train.max_minutes {machine.minutes} {machine.fresh('trained')}"
     done = machine.run("training", command, max(1, machine.gpus), timeout=60 * machine.minutes + 420)
     figure = ""
     if done.returncode == 0:
@@ -324,7 +327,7 @@ def probe(machine: Machine, preset: str) -> None:
             loss = sides[0].step(row, mask_count(0.3, row_tokens))
         if machine.gpus:
             torch.cuda.set_sync_debug_mode("default")
-        waits = sum("synchroniz" in str(warning.message) for warning in caught)
+        waits = sum("called a synchronizing" in str(warning.message) for warning in caught)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     memory = torch.cuda.max_memory_allocated() / 2**30 if machine.gpus else float("nan")
     print(f"rows of {row_tokens}, {graphs} graphs, {waits} waits of the host, {memory:.1f} GiB, loss {loss.item():.3f}")

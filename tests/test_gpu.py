@@ -98,6 +98,7 @@ def test_the_loss_of_50368_words_in_bf16_agrees_with_fp64(compiled):
 
 
 def test_the_compiled_step_gives_the_gradients_of_the_cpu():
+    torch.set_float32_matmul_precision("highest")  # tf32 is off by up to 3% in single scalars
     model = tiny(hidden_size=128, num_attention_heads=2)
     ids, documents, positions = row_of(LENGTHS)
     row = ids, documents, positions, torch.arange(0, 512, 8), torch.randint(5, 200, (64,))
@@ -150,5 +151,6 @@ def test_the_base_model_takes_a_row_of_64k_tokens():
     row = token % 50_000, token // 1024, token % 1024, masked, (masked * 7) % 50_000
     loss = compile_rows(model.loss, model.encoder, compiled=True)(*row, max_seqlen=1024, window=128)
     loss.backward()
-    assert loss.item() / len(masked) == pytest.approx(math.log(50_368), abs=0.3)
+    # Above the log of 50,368, 10.8: before training, the tied head has each token guess itself, here at other targets
+    assert loss.item() / len(masked) == pytest.approx(13.5, abs=0.3)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
