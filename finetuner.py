@@ -116,7 +116,9 @@ class FinetuneConfig:
     )
     lr_warmup: ClosedUnitInterval = option(0.06, "fraction of the run in which the learning rate rises from 0")
     lr_floor: ClosedUnitInterval = option(0.0, "fraction of the learning rate at the end")
-    clip: PositiveFloat = option(1.0, "norm that gradients are clipped to")
+    clip: PositiveFloat = option(
+        1.0, "norm that gradients are clipped to (adamw; muon's steps have a size of their own)"
+    )
     pooling: Literal["mean", "cls"] = option("mean", "state that is classified: mean of the tokens' or [CLS]'s (KBERT)")
     trainable: Literal["all", "classifier", "last_2", "last_3"] = option(
         "all", "what is trained: all, the classifier, or it and the last_2 or last_3 layers"
@@ -192,6 +194,8 @@ MUON_LR = 0.01  # in spectral norm: where AdamW's customary rate is 5e-5
 def choose_rates(train: FinetuneConfig, protocol: Protocol, kbert: bool) -> FinetuneConfig:
     """The optimizer and its peak rate, where no flag names them: Muon for what Muon pretrained."""
     optimizer = train.optimizer if train.optimizer != "auto" else "muon" if kbert else "adamw"
+    if optimizer == "muon" and not kbert:
+        raise InputError("--train.optimizer muon knows the matrices of a KBERT alone: leave it out for other encoders")
     lr = train.lr or {"muon": MUON_LR, "adamw": protocol.adamw_lr}[optimizer]
     return dataclasses.replace(train, optimizer=optimizer, lr=lr)
 
@@ -331,10 +335,14 @@ def set_trainable(model: nn.Module, trainable: str) -> None:
     if trainable == "all":
         return
     encoder, depth = model.base_model, model.config.num_hidden_layers
-    layers = next(m for m in encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
-    encoder.requires_grad_(False)
+    layers = next((m for m in encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
     trained = 0 if trainable == "classifier" else int(trainable[-1])
-    for layer in layers[depth - trained :]:
+    if trained and layers is None:
+        raise InputError(
+            f"--train.trainable {trainable}: this encoder's layers are one and the same; use all or classifier"
+        )
+    encoder.requires_grad_(False)
+    for layer in layers[depth - trained :] if trained else ():
         layer.requires_grad_(True)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler.requires_grad_(True)
@@ -843,7 +851,7 @@ class TaskRuns:
         data, process = self.data, self.process
         model = build_model(self.base, data.kind, cell.seed, start == "random weights", cell.pooling)
         if data.trains:
-            data.kind.prepare(model, data.splits["train"])
+            data.kind.prepare(data.splits["train"])
             self.load(model)
             said, predictions = Training(self.net, data, cell, process, self.log, label).run()
         else:
@@ -875,7 +883,8 @@ class TaskRuns:
         others = [other["score"] for other in self.done if other["start"] == run["start"]]
         if run["start"] == "pretrained" and all(run["score"] > score for score in others):
             if self.data.trains:
-                save_folder(self.folder / "model", lambda into: save_model(into, self.net.model, self.base.tokenizer))
+                what = self.net.model, self.base.tokenizer, self.data.kind.finished(self.net.model)
+                save_folder(self.folder / "model", lambda into: save_model(into, *what))
             self.write_predictions(predictions)
         with open(self.folder / "runs.jsonl", "a") as file:
             file.write(json.dumps(run) + "\n")
@@ -894,6 +903,7 @@ class TaskRuns:
             return {}
         chosen = open_base(str(self.folder / "model"), self.base.max_length, self.base.trusted)
         self.load(build_model(chosen, data.kind, seed=0))
+        data.kind.prepare(None)
         _, predictions = evaluate(self.net, data, unlabelled, self.process)
         return predictions
 
@@ -1087,6 +1097,16 @@ def mnli_model(out: Path, base: str) -> str:
 # The command
 
 
+OPERATIONAL = ("row_tokens", "device", "timeout_minutes", "compile", "log_every", "hub_minutes")
+
+
+def alike(settings: dict) -> dict:
+    """What a run has to share with one that continues it: not how it is run."""
+    train = settings.get("train")
+    kept = {name: value for name, value in (train or {}).items() if name not in OPERATIONAL}
+    return {**settings, "train": kept} if isinstance(train, dict) else settings
+
+
 def claim_folder(train: FinetuneConfig, settings: dict, task: str) -> Path:
     """A new folder for the run, or that of the unfinished one it continues. settings: what config.yaml holds."""
     out = Path(train.out)
@@ -1095,7 +1115,7 @@ def claim_folder(train: FinetuneConfig, settings: dict, task: str) -> Path:
     if train.resume:
         runs = [path.parent for path in out.glob("*/config.yaml")]
         unfinished = [run for run in runs if not is_finished(run, "metrics.json")]
-        same = [path for path in unfinished if read_settings(path) == settings]
+        same = [path for path in unfinished if alike(read_settings(path)) == alike(settings)]
         if taken and folder not in same:
             raise InputError(
                 f"{folder} is finished or was made with other settings: resume with those, "
@@ -1103,6 +1123,7 @@ def claim_folder(train: FinetuneConfig, settings: dict, task: str) -> Path:
             )
         if same:
             return folder if taken else max(same, key=lambda path: path.stat().st_mtime)
+        print(f"no unfinished run of these settings under {out}/: starting {folder}")
     elif taken:
         raise InputError(
             f"{folder} holds a run already: choose another --train.run_name, or continue it with --train.resume"
@@ -1203,6 +1224,8 @@ class Finetuner:
                 reports[task] = finished or self.finetune(self.read(task, base), base, self.folder / task)
                 self.push(self.folder / task, task)  # again where it was finished: the Hub passes over what it has
             except MissingData as error:
+                if self.data.dataset is None:  # the Hub, which has them all
+                    raise InputError(f"{error}; or go on later with --train.resume") from error
                 if self.log:
                     self.log.write(f"{task} is left out: {error}")
         if not reports:

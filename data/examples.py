@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import csv
 import dataclasses
 import hashlib
 import re
@@ -58,6 +59,11 @@ class Split:
         hashes = sorted(hashlib.sha256(content).digest() for content in self.contents())
         return hashlib.sha256(b"".join(hashes)).hexdigest()[:16]
 
+    def shuffled(self, most: int | None) -> np.ndarray:
+        """Numbers of the labelled examples; of the first `most` after shuffling, as they come."""
+        known = np.flatnonzero(self.known)
+        return known if most is None else np.random.default_rng(0).permutation(known)[:most]
+
     def positions(self, keep: np.ndarray) -> np.ndarray:
         """Of the tokens of the examples numbered `keep`, in that order."""
         spans = zip(self.ends[keep] - self.lengths[keep], self.ends[keep])
@@ -92,26 +98,45 @@ def read_files(path: Path) -> dict:
 
     disable_progress_bars()
     logging.set_verbosity(logging.CRITICAL)  # what it logs of a file that it cannot read is said below
-    files = collections.defaultdict(list)
+    files, kinds = collections.defaultdict(list), {}  # of each split
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if reader := next((READERS[suffix] for suffix in file.suffixes if suffix in READERS), None):
+        if kind := next((suffix for suffix in file.suffixes if suffix in READERS), None):
             split = re.sub(r"-\d{5}-of-\d{5}$|_\d{6}$", "", file.name.split(".")[0]) if path.is_dir() else "train"
-            files[reader, split].append(file)
+            files[split].append(file)
+            if (other := kinds.setdefault(split, kind)) != kind:
+                raise InputError(f"{path} has split {split} as {other} and as {kind}: take one away")
     if not files:
         raise MissingData(
             f"{path} holds no {', '.join(READERS)} file: name them by split, "
             "such as train.parquet and validation.parquet"
         )
     rows = {}
-    for (reader, split), paths in files.items():
+    for split, paths in files.items():
         if not all(file.stat().st_size for file in paths):
             raise InputError(f"{paths[0]} is empty: write rows to it or take it away")
-        more = {"delimiter": "\t"} if ".tsv" in paths[0].suffixes else {}
+        more = {"delimiter": "\t"} if kinds[split] == ".tsv" else {}
+        if more and not quotes_close(paths):
+            more["quoting"] = csv.QUOTE_NONE
         try:
-            rows[split] = load_dataset(reader, data_files=[str(file) for file in paths], split="train", **more)
+            rows[split] = load_dataset(
+                READERS[kinds[split]], data_files=[str(file) for file in paths], split="train", **more
+            )
         except Exception as error:  # pyarrow, pandas and datasets each raise their own
             raise InputError(f"cannot read {path}, or it has no rows ({first_line(error)}): check the file") from error
     return rows
+
+
+def quotes_close(paths: list[Path]) -> bool:
+    """Whether each line is a row, read with quotes: as GLUE writes a TSV, a quote that opens a cell need not close."""
+    for path in (path for path in paths if path.suffix == ".tsv"):  # not of one that is compressed
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        try:
+            rows = sum(1 for _ in csv.reader((f"{line}\n" for line in lines), delimiter="\t"))
+        except csv.Error:  # a cell without end
+            return False
+        if rows != len(lines):
+            return False
+    return True
 
 
 def read_hub(name: str, config: str | None, diagnostic: str | None) -> dict:
@@ -243,7 +268,7 @@ def read_shards(
     manifest = read_manifest(directory)
     check_tokenizer(directory, manifest["tokenizer"], tokenizer)
     cls, sep = manifest["tokenizer"]["cls"], manifest["tokenizer"]["sep"]
-    splits, cut = {}, 0
+    found, cut = collections.defaultdict(lambda: ([], [])), 0  # of each split texts and labels
     for name in sorted(manifest["shards"]):
         tokens = read_shard(directory / name)
         marks = np.flatnonzero(tokens == LABEL_END)
@@ -251,7 +276,8 @@ def read_shards(
             raise InputError(
                 f"{directory / name} is not a labelled shard ([CLS] label 65535 ...): pack it with data/pack_mnli.py"
             )
-        texts, labels = [], tokens[marks - 1].astype(np.int64)
+        texts, labels = found[manifest["shards"][name]["split"]]
+        labels.append(tokens[marks - 1].astype(np.int64))
         for start, end in zip(marks + 1, [*(marks[1:] - 2), len(tokens)]):
             text = np.asarray(tokens[start:end], dtype=np.int32)
             if len(text) + 1 > max_length:
@@ -260,9 +286,11 @@ def read_shards(
                 text = np.concatenate([*cut_longest_first(parts, max_length - 2), text[-1:]])
                 cut += 1
             texts.append(np.concatenate([[cls], text]).astype(np.int32))
-        ends, known = np.cumsum([len(text) for text in texts]), labels != NO_LABEL
-        labels, idx = np.where(known, labels, -1), list(range(len(texts)))
-        splits[manifest["shards"][name]["split"]] = Split(np.concatenate(texts), None, ends, labels, known, idx)
+    splits = {}
+    for split, (texts, labels) in found.items():
+        ends, labels = np.cumsum([len(text) for text in texts]), np.concatenate(labels)
+        known, idx = labels != NO_LABEL, list(range(len(texts)))
+        splits[split] = Split(np.concatenate(texts), None, ends, np.where(known, labels, -1), known, idx)
     return splits, manifest["source"].get("labels"), cut
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.examples import tidy_label
 from data.train_tokenizer import READERS, bring_tokenizer, reading
 from dataloading import LABEL_END, NO_LABEL, InputError, sha256_of, write_manifest, write_shard
 
@@ -52,7 +53,7 @@ def open_splits(args: argparse.Namespace):
 
 def number_labels(splits: dict, column: str) -> tuple[dict, list | None]:
     """{split: labels as the shards store them}, and the names of the labels where they are words."""
-    raw = {split: list(rows[column]) for split, rows in splits.items()}
+    raw = {split: list(map(tidy_label, rows[column])) for split, rows in splits.items()}
     known = {label for labels in raw.values() for label in labels if label is not None}
     names = sorted(known) if all(isinstance(label, str) for label in known) else None
     if not names and not all(isinstance(label, int) and -1 <= label < NO_LABEL for label in known):
@@ -95,7 +96,10 @@ def main() -> None:
         tokens, sep = [], [tokenizer["sep"]]
         for start in tqdm(range(0, len(rows), 1000), unit="batch", desc=split):
             batch = rows[start : start + 1000]
-            texts = [backend.encode_batch_fast(batch[column], add_special_tokens=False) for column in columns]
+            texts = [
+                backend.encode_batch_fast([text or "" for text in batch[column]], add_special_tokens=False)
+                for column in columns
+            ]
             for i, parts in enumerate(zip(*texts), start):
                 tokens += [tokenizer["cls"], labels[split][i], LABEL_END]
                 tokens += [token for part in parts for token in part.ids + sep]

@@ -17,6 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from data.examples import Split
+from dataloading import InputError
 
 N_BEST = 20
 
@@ -34,6 +35,13 @@ class Windows(Split):
     contexts: list[str]  # [questions]
     answers: list[list[str]]  # [questions] none: there is no answer
 
+    def shuffled(self, most: int | None) -> np.ndarray:
+        """The windows of `most` questions."""
+        if most is None:
+            return super().shuffled(most)
+        chosen = np.random.default_rng(0).permutation(np.unique(self.question[self.known]))[:most]
+        return np.flatnonzero(np.isin(self.question, chosen))
+
     def only(self, keep: np.ndarray) -> Windows:
         """The windows numbered `keep`, of all questions."""
         question, offsets = self.question[keep], self.offsets[self.positions(keep)]
@@ -41,19 +49,26 @@ class Windows(Split):
 
 
 def encode_questions(
-    rows, columns: list[str], tokenizer: PreTrainedTokenizerFast, max_length: int, stride: int
+    rows,
+    columns: list[str],
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    stride: int,
+    unanswerable: bool = False,
 ) -> Windows:
     """Windows over each context that share `stride` tokens.
 
-    A window without the whole answer is labelled as having none: [CLS].
+    A window without the whole answer is labelled as having none: [CLS]. Of questions that all have one, none at all
+    means that it is not known.
     """
-    tokens, segments, labels, questions, offsets, contexts, answers = ([] for _ in range(7))
+    tokens, segments, labels, questions, offsets, contexts, answers, known = ([] for _ in range(8))
     room = max(8, max_length // 2)  # tokens of a question: a context needs some room beside it
     stride = min(stride, (max_length - room) // 2)
     for number in range(len(rows)):
         row = rows[number]
-        question, context = row[columns[0]].strip(), row[columns[1]]
-        answer = row["answers"] or {"text": [], "answer_start": []}
+        question, context = (row[column] or "" for column in columns)
+        question, given = question.strip(), row.get("answers")
+        answer = read_answers(given)
         whole = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         question = question[: whole[room - 8][1]] if len(whole) > room - 8 else question
         encoded = tokenizer(
@@ -74,6 +89,7 @@ def encode_questions(
             labels.append(find_answer(answer, offset))
             questions.append(number)
             offsets.append(offset.astype(np.int32))
+            known.append(given is not None and (unanswerable or len(answer["text"]) > 0))
         contexts.append(context)
         answers.append(list(answer["text"]))
     names = list(rows["id"]) if "id" in rows.column_names else list(map(str, range(len(rows))))
@@ -82,7 +98,7 @@ def encode_questions(
         np.concatenate(segments) if segments else None,
         np.cumsum([len(ids) for ids in tokens]),
         np.array(labels, dtype=np.int64),
-        np.ones(len(tokens), dtype=bool),
+        np.array(known),
         list(range(len(tokens))),
         np.array(questions),
         np.concatenate(offsets),
@@ -90,6 +106,18 @@ def encode_questions(
         contexts,
         answers,
     )
+
+
+def read_answers(given: object) -> dict:
+    """{"text": [...], "answer_start": [...]}, as SQuAD has them, of that or of a list of single answers."""
+    if isinstance(given, list) and all(isinstance(one, dict) for one in given):
+        given = {name: [one.get(name) for one in given] for name in ("text", "answer_start")}
+    given = given or {"text": [], "answer_start": []}
+    if not isinstance(given, dict) or not all(isinstance(given.get(name), list) for name in ("text", "answer_start")):
+        raise InputError(
+            f'answers are {str(given)[:60]!r}, not {{"text": [...], "answer_start": [...]}}: write them as JSON lines'
+        )
+    return given
 
 
 def find_answer(answer: dict, offsets: np.ndarray) -> tuple[int, int]:

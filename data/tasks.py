@@ -10,6 +10,7 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,8 +99,9 @@ class Kind:
     ) -> tuple[dict[str, Split], int]:
         """Splits of examples, and how many of these were cut."""
         column, splits, cut = self.settings.label, {}, 0
-        labels = read_labels(tables, column, own=self.task.dataset is None)
-        numbers = self.number_labels(labels, class_names(tables, column))
+        names = class_names(tables, column)
+        labels = read_labels(tables, column, own=self.task.dataset is None and names is None)
+        numbers = self.number_labels(labels, names)
         for split, rows in tables.items():
             splits[split], more = encode_texts(rows, columns, numbers[split], tokenizer, max_length)
             cut += more
@@ -121,8 +123,11 @@ class Kind:
         names = dict(enumerate(self.classes))
         return {"id2label": names, "label2id": {v: k for k, v in names.items()}, "problem_type": self.problem_type}
 
-    def prepare(self, model: nn.Module, train: Split) -> None:
-        """Sets what a fresh head should not have to learn."""
+    def prepare(self, train: Split | None) -> None:
+        """Before a fresh head learns from train, or, if None, before a finished model predicts."""
+
+    def finished(self, model: nn.Module) -> dict[str, Tensor] | None:
+        """Weights of a trained model, where its own are not what is to be saved."""
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Summed over examples. logits: as Network.outputs gives them."""
@@ -179,12 +184,18 @@ class Classes(Kind):
 
     def name_packed(self, splits: dict[str, Split], names: list[str] | None) -> None:
         self.classes = list(self.task.classes or names or map(str, range(int(splits["train"].labels.max()) + 1)))
+        if names and sorted(names) != sorted(self.classes):
+            raise InputError(
+                f"the shards' classes are {', '.join(names)}, the task's {', '.join(self.classes)}: check --task"
+            )
+        number = np.array([self.classes.index(name) for name in names or self.classes] + [-1])  # the last: missing
         for split, content in splits.items():
             if content.labels.max() >= len(self.classes):
                 raise InputError(
                     f"split {split} has the label {content.labels.max()}, which is none of the classes "
                     f"{', '.join(self.classes)}: check --task"
                 )
+            content.labels = number[content.labels]
 
     def check(self) -> None:
         if len(self.classes) < 2:
@@ -210,6 +221,10 @@ class Number(Kind):
     name = "number"
     metrics = ("pearson", "spearman")
     problem_type = "regression"
+    mean, deviation = (
+        0.0,
+        1.0,
+    )  # of the labels: a head learns what is left of them, and is saved with both in its weights
 
     def number_labels(self, labels: dict[str, list], names: list[str] | None) -> dict[str, np.ndarray]:
         self.classes = ["score"]
@@ -221,16 +236,22 @@ class Number(Kind):
             raise InputError(f"a label in column {self.settings.label} is infinite: check it")
         return numbers
 
-    def prepare(self, model: nn.Module, train: Split) -> None:
-        """Or the head spends its steps on learning the mean."""
-        heads = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == 1]
-        nn.init.constant_(heads[-1].bias, train.labels.mean())
+    def prepare(self, train: Split | None) -> None:
+        self.mean, self.deviation = (0.0, 1.0) if train is None else (train.labels.mean(), train.labels.std() or 1.0)
+
+    def finished(self, model: nn.Module) -> dict[str, Tensor]:
+        named = model.named_modules()
+        *_, head = (name for name, part in named if isinstance(part, nn.Linear) and part.out_features == 1)
+        weights = model.state_dict()
+        weights[f"{head}.weight"] = weights[f"{head}.weight"] * self.deviation
+        weights[f"{head}.bias"] = weights[f"{head}.bias"] * self.deviation + self.mean
+        return weights
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
+        return F.mse_loss(logits.squeeze(-1), ((labels - self.mean) / self.deviation).float(), reduction="sum")
 
     def decide(self, logits: np.ndarray) -> np.ndarray:
-        return logits[:, 0].astype(np.float64)
+        return logits[:, 0].astype(np.float64) * self.deviation + self.mean
 
     def constant(self, labels: np.ndarray) -> float:
         return labels.mean()
@@ -248,12 +269,12 @@ class Span(Kind):
     pipeline_tag = "question-answering"
 
     def label_columns(self, split: str) -> list[str]:
-        return ["answers"]
+        return ["answers"] if split == "train" else []
 
     def encode(
         self, tables: dict, columns: list[str], tokenizer: PreTrainedTokenizerFast, max_length: int
     ) -> tuple[dict[str, Split], int]:
-        how = (columns, tokenizer, max_length, self.settings.stride)
+        how = (columns, tokenizer, max_length, self.settings.stride, self.task.unanswerable)
         return {split: encode_questions(rows, *how) for split, rows in tables.items()}, 0
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -428,14 +449,16 @@ def read_data(name: str, tokenizer: PreTrainedTokenizerFast, max_length: int, se
         kind = DetectedPairs(task, settings)
     if (Path(source) / "manifest.json").exists():
         splits, names, cut = read_shards(Path(source), tokenizer, max_length)
+        check_splits(kind, splits)
         kind.name_packed(splits, names)
+        notes += hold_out_packed(splits, settings.validation)
     else:
         tables = read_tables(kind, source)
         columns = choose_columns(kind, tables)
         if task.kind is None and has_fractions(tables, settings.label):
             kind = Number(task, settings)
         if "train" in kind.required_splits:
-            notes += hold_out(tables, settings.validation)
+            notes += hold_out(tables, settings.validation, settings.label if isinstance(kind, Classes) else None)
         splits, cut = kind.encode(tables, columns, tokenizer, max_length)
     if cut:
         notes.append(f"{cut} examples are longer than {max_length} tokens and were cut, the longer text first")
@@ -462,13 +485,17 @@ def read_tables(kind: Kind, source: str) -> dict:
     return kind.read_hub(source)
 
 
-def choose_columns(kind: Kind, tables: dict) -> list[str]:
-    """The column of the text, or those of the text and its pair."""
-    if missing := [split for split in kind.required_splits if split not in tables]:
+def check_splits(kind: Kind, found: dict) -> None:
+    if missing := [split for split in kind.required_splits if split not in found]:
         raise InputError(
-            f"the data set has no split {missing[0]}, only {', '.join(tables)}: name a file {missing[0]}.parquet, "
+            f"the data set has no split {missing[0]}, only {', '.join(found)}: name a file {missing[0]}.parquet, "
             f"{missing[0]}.csv or {missing[0]}.jsonl"
         )
+
+
+def choose_columns(kind: Kind, tables: dict) -> list[str]:
+    """The column of the text, or those of the text and its pair."""
+    check_splits(kind, tables)
     given, theirs = (kind.settings.text, kind.settings.text_pair), (*kind.task.columns, None)
     columns = [column for column in (own or usual for own, usual in zip(given, theirs)) if column]
     for split, rows in tables.items():
@@ -488,31 +515,65 @@ def has_fractions(tables: dict, column: str) -> bool:
     return any(isinstance(label, float) for label in labels)
 
 
-def hold_out(tables: dict, validation: str | None) -> list[str]:
-    """Where there is no split to choose by, takes a tenth of train, up to 2000 rows; returns a note of it."""
-    if "train" not in tables or any(split.startswith("validation") or split == validation for split in tables):
+def lacks_validation(splits: Iterable[str], validation: str | None) -> bool:
+    return not any(split.startswith("validation") or split == validation for split in splits)
+
+
+def held_out(train: int) -> int:
+    """How many rows of train stand in for a split to choose by that there is not."""
+    if train < 2:
+        raise InputError("train has one row, and none can be held out to choose by: write more, or a validation split")
+    return min(2000, math.ceil(train / 10))
+
+
+def hold_out(tables: dict, validation: str | None, classes: str | None) -> list[str]:
+    """Where there is no split to choose by, takes a tenth of train, up to 2000 rows; returns a note of it.
+
+    classes: the column of the classes, if labels are classes.
+    """
+    from datasets import concatenate_datasets
+
+    if "train" not in tables or not lacks_validation(tables, validation):
         return []
     train = tables["train"]
-    if len(train) < 2:
-        raise InputError("train has one row, and none can be held out to choose by: write more, or a validation split")
-    held = train.train_test_split(test_size=min(2000, math.ceil(len(train) / 10)), seed=0)
-    tables |= {"train": held["train"], "validation": held["test"]}
-    return [f"no validation split: {len(held['test'])} rows of train are held out for it"]
+    if "idx" not in train.column_names:
+        train = train.add_column("idx", list(range(len(train))))  # predictions are listed by the row in the data
+    held = train.train_test_split(test_size=held_out(len(train)), seed=0)
+    train, dev = held["train"], held["test"]
+    if classes in train.column_names:
+        of_train, of_dev = (list(map(str, rows[classes])) for rows in (train, dev))
+        rare = {of_dev.index(name) for name in set(of_dev) - set(of_train)}  # of a class that nothing would teach
+        train = concatenate_datasets([train, dev.select(sorted(rare))]) if rare else train
+        dev = dev.select([row for row in range(len(dev)) if row not in rare]) if rare else dev
+    if not len(dev):
+        raise InputError("train has a row of each class, and none can be held out to choose by: write more")
+    tables |= {"train": train, "validation": dev}
+    return [f"no validation split: {len(dev)} rows of train are held out for it"]
+
+
+def hold_out_packed(splits: dict[str, Split], validation: str | None) -> list[str]:
+    """As hold_out, of packed shards."""
+    if not lacks_validation(splits, validation):
+        return []
+    train = splits["train"]
+    count, order = held_out(train.examples), np.random.default_rng(0).permutation(train.examples)
+    splits |= {"train": train.only(np.sort(order[count:])), "validation": train.only(np.sort(order[:count]))}
+    return [f"no validation split: {count} examples of train are held out for it"]
 
 
 def choose_examples(train: Split, most: int | None) -> tuple[Split, list[str]]:
     """The labelled examples of train, the first `most` of them after shuffling, and notes."""
-    keep, notes = np.flatnonzero(train.known), []
-    if missing := len(train.known) - len(keep):
+    keep, notes = train.shuffled(most), []
+    if missing := int((~train.known).sum()):
         notes.append(f"{missing} examples of train have no label and are left out")
-    if most is not None:
-        keep = np.random.default_rng(0).permutation(keep)[:most]
     if not len(keep):
         raise InputError("no example of train has a label: check --data.label")
     return train.only(keep), notes
 
 
 def choose_dev(splits: dict[str, Split], validation: str | None) -> str:
+    if validation == "train":
+        raise InputError("--data.validation train: a model cannot be chosen by what it learned; leave it out")
     named = [split for split in splits if split.startswith("validation")]
     others = [split for split in splits if split != "train"]
     dev = validation or next(split for split in ("validation", *named, *others) if split in splits)

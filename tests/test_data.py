@@ -561,7 +561,8 @@ def test_pack_from_the_hub(tmp_path, hub, tokenizer, texts):
 def test_labelled_set(tmp_path, tokenizer, kind):
     from transformers import AutoTokenizer
 
-    rows = {"a": ["this copy", "[SEP] or not", "the notice"], "b": ["that", "this", "be"], "label": [2, 0, -1]}
+    rows = {"a": ["this copy", "[SEP] or not", "the notice", None], "b": ["that", "this", "be", "not"]}
+    rows["label"] = [2, 0, -1, None]
     for split in ("train", "validation"):
         path = tmp_path / f"{split}.{kind}"
         if kind == "parquet":
@@ -569,7 +570,8 @@ def test_labelled_set(tmp_path, tokenizer, kind):
         elif kind == "json":
             path.write_text("".join(json.dumps(dict(zip(rows, row))) + "\n" for row in zip(*rows.values())))
         else:
-            path.write_text("".join(",".join(map(str, row)) + "\n" for row in [rows, *zip(*rows.values())]))
+            cells = [["" if cell is None else str(cell) for cell in row] for row in [rows, *zip(*rows.values())]]
+            path.write_text("".join(",".join(row) + "\n" for row in cells))
     files = [f"{split}={tmp_path / split}.{kind}" for split in ("train", "validation")]
     columns, out = ["--text", "a", "--text_pair", "b"], tmp_path / "out"
     offline = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
@@ -577,7 +579,9 @@ def test_labelled_set(tmp_path, tokenizer, kind):
     assert set(read_manifest(tmp_path / "out")["shards"]) == {"mnli_train_000000.bin", "mnli_validation_000000.bin"}
     loaded, expected = AutoTokenizer.from_pretrained(tokenizer), []
     for first, second, label in zip(*rows.values()):
-        a, b = (loaded(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in (first, second))
-        expected += [loaded.cls_token_id, label if label >= 0 else 65534, 65535, *a, loaded.sep_token_id]
+        texts = (first or "", second)
+        a, b = (loaded(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in texts)
+        label = 65534 if label in (-1, None) else label
+        expected += [loaded.cls_token_id, label, 65535, *a, loaded.sep_token_id]
         expected += [*b, loaded.sep_token_id]
     assert read_shard(tmp_path / "out" / "mnli_train_000000.bin").tolist() == expected
