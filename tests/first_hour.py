@@ -13,6 +13,7 @@ what to send, and the output of every command.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shutil
 import signal
 import subprocess
@@ -126,7 +127,10 @@ def correctness(machine: Machine) -> Iterator[Check]:
     obstacle = why_eager(machine.device)
     yield "compiler", "FAILED" if obstacle else "ok", obstacle or "found"
     if machine.gpus:
-        yield verdict("tests/test_gpu.py", machine.run("test_gpu", "-m pytest -q tests/test_gpu.py"))
+        if importlib.util.find_spec("pytest"):
+            yield verdict("tests/test_gpu.py", machine.run("test_gpu", "-m pytest -q tests/test_gpu.py"))
+        else:
+            yield "tests/test_gpu.py", "skipped", "no pytest: pip install -r requirements-dev.txt"
     else:
         yield "tests/test_gpu.py", "skipped", "no GPU"
 
