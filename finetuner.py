@@ -790,7 +790,7 @@ with {{ settings }}.
 ```python
 from transformers import AutoModelFor{{ head }}
 
-model = AutoModelFor{{ head }}.from_pretrained("{{ title }}", trust_remote_code=True)
+model = AutoModelFor{{ head }}.from_pretrained("{{ title }}"{{ branch }}, trust_remote_code=True)
 ```
 {% endif %}"""
 
@@ -799,8 +799,17 @@ class TaskRuns:
     """All runs of one task: run() trains every cell of the grid and keeps the model that scores best on dev."""
 
     def __init__(
-        self, process: Process, base: Base, data: Data, cells: list[FinetuneConfig], folder: Path, log: RunLog | None
+        self,
+        process: Process,
+        base: Base,
+        data: Data,
+        cells: list[FinetuneConfig],
+        folder: Path,
+        log: RunLog | None,
+        branch: str | None,
     ):
+        """branch: of the Hub's repository, where it is not main."""
+        self.branch = branch
         self.process, self.base, self.data, self.cells = process, base, data, cells
         self.folder, self.log, self.title = folder, log, cells[0].hf_model_name or folder.resolve().name
         self.starts = ["pretrained", "random weights"] if cells[0].compare_random else ["pretrained"]
@@ -976,6 +985,7 @@ class TaskRuns:
         )
         settings = ", ".join(f"{name} {value}" for name, value in report["model"]["settings"].items())
         said = {"title": self.title, "base": base.title, "head": kind.head, "settings": settings, "report": report}
+        said["branch"] = f', revision="{self.branch}"' if self.branch else ""
         rows = flat_results(report["results"])
         card = ModelCard.from_template(data, template_str=MODEL_CARD, rows=rows, **said)
         folder = self.folder / "model" if self.data.trains else self.folder
@@ -1202,12 +1212,12 @@ class Finetuner:
         newest = "" if self.train.base_model else ", the newest finished pretraining run"
         self.log.section("run", f"{self.folder}: from {self.base_name}{newest}", echo=True)
 
-    def finetune(self, data: Data, base: Base, folder: Path) -> dict:
+    def finetune(self, data: Data, base: Base, folder: Path, branch: str | None = None) -> dict:
         """One task, whose report it returns."""
         train = choose_rates(self.train, self.protocol, base.kbert)
         cells = grid_of(self.protocol, data.name, self.given, train)
         cells = cells if data.trains else cells[:1]  # no setting changes what is not trained
-        return TaskRuns(self.process, base, data, cells, folder, self.log).run()
+        return TaskRuns(self.process, base, data, cells, folder, self.log, branch).run()
 
     def push(self, folder: Path, revision: str) -> None:
         if self.hub:
@@ -1221,7 +1231,8 @@ class Finetuner:
             base = self.open_base(str(self.folder / "mnli" / "model")) if from_mnli else self.base
             try:
                 finished = self.finished(task)
-                reports[task] = finished or self.finetune(self.read(task, base), base, self.folder / task)
+                branch = task if self.hub else None
+                reports[task] = finished or self.finetune(self.read(task, base), base, self.folder / task, branch)
                 self.push(self.folder / task, task)  # again where it was finished: the Hub passes over what it has
             except MissingData as error:
                 if self.data.dataset is None:  # the Hub, which has them all

@@ -962,6 +962,8 @@ def test_resumed_glue_pushes_also_what_was_finished(base, tmp_path, monkeypatch)
     pushed.clear()
     run = go(base, tmp_path, "glue", **few)
     assert pushed == [(run / "rte" / "model", "rte")]
+    card = (run / "rte" / "model" / "README.md").read_text()
+    assert 'from_pretrained("me/tuned", revision="rte", trust_remote_code=True)' in card
 
 
 KILLED = """
