@@ -197,7 +197,7 @@ PRESETS = {
     "base": shape("base"),
     "large": {**shape("large"), "train.muon_lr": 0.02, "train.embed_lr": 0.006},
 }
-PRESETS["babylm"] = {  # micro's model and rates, found on runs a hundredth as long; run here to 10M words alone
+PRESETS["babylm"] = {  # micro's model and rates, found on runs a hundredth as long; run here to 30M words
     **PRESETS["micro"],
     "data.dir": "data/babylm",
     # The rules of the strict-small track: at most ten passes and 100M words, and a model after each of these
