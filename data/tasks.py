@@ -221,10 +221,8 @@ class Number(Kind):
     name = "number"
     metrics = ("pearson", "spearman")
     problem_type = "regression"
-    mean, deviation = (
-        0.0,
-        1.0,
-    )  # of the labels: a head learns what is left of them, and is saved with both in its weights
+    # Of the labels: a head learns what is left of them, and is saved with both in its weights
+    mean, deviation = 0.0, 1.0
 
     def number_labels(self, labels: dict[str, list], names: list[str] | None) -> dict[str, np.ndarray]:
         self.classes = ["score"]
