@@ -140,7 +140,9 @@ class TrainConfig:
     log_every: PositiveInt = option(10, "steps between lines of the log; the GPU is waited for at each")
     save_every: NonNegativeInt = option(0, "steps between checkpoints; 0: none but that of an interruption")
     keep_checkpoints: PositiveInt = option(2, "checkpoints that stay on disk")
-    save_words: tuple[float, ...] = option((), "words shown at which to keep, and push, the model: 1e6,2e6 or [1e6]")
+    save_words: tuple[float, ...] | float | None = option(
+        (), "words shown at which to keep, and push, the model: 1e6, or 1e6,2e6, or none"
+    )
     resume: str | None = option(None, "a checkpoint's folder, or auto: the newest of run_name or of any unfinished run")
     start_afresh: bool = option(False, "with resume auto: where every checkpoint of the run is damaged, start it again")
     out: str = option("logs", "folder of runs")
@@ -158,6 +160,8 @@ class TrainConfig:
     wandb_project: str | None = option(None, "Weights & Biases project to report to (needs `pip install wandb`)")
 
     def __post_init__(self):
+        if not isinstance(self.save_words, tuple):
+            self.save_words = () if self.save_words is None else (self.save_words,)
         if self.declared_runs is not None and not 1 <= self.seed <= self.declared_runs:
             raise InputError(
                 f"--train.seed {self.seed} is not one of the {self.declared_runs} declared runs: "

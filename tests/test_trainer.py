@@ -116,6 +116,8 @@ def test_flags_override_the_preset_and_the_preset_the_defaults():
         ("--train.compile", True),
         ("--train.embed_betas 0.5,0.9", (0.5, 0.9)),
         ("--train.embed_betas [0.5,0.9]", (0.5, 0.9)),
+        ("--train.save_words 1e6", 1e6),
+        ("--train.save_words 1e6,2e6", (1e6, 2e6)),
         ("--train.max_minutes none", None),
         ("--train.max_minutes None", None),
         ("--train.max_minutes 1.5", 1.5),
@@ -138,6 +140,12 @@ def test_every_spelling_of_a_value(flag, value):
     group, name = flag.split()[0].split("=")[0].removeprefix("--").split(".")
     found = settings_of(*flag.split())[group][name]
     assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("said,kept", [("1e6", (1e6,)), ("1e6,2e6", (1e6, 2e6)), ("none", ())])
+def test_words_at_which_to_keep_the_model(said, kept):
+    settings = settings_of("--preset", "babylm", "--train.save_words", said)
+    assert trainer.TrainConfig(**settings["train"]).save_words == kept
 
 
 def test_a_run_leaves_the_config_that_repeats_it(corpus, finished, tmp_path):
