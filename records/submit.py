@@ -29,38 +29,17 @@ from records.verify import (
     KEEP_CODE,
     MALFORMED,
     NAME,
-    RACES,
     RECORDS,
-    Record,
     check_code,
     check_complete,
     check_record,
     measure,
+    page,
     read_records,
     read_tracks,
     refusal,
     with_logs,
 )
-
-PAGE = """# {name}
-
-{what}
-
-| runs | parameters | training time | model FLOPs | validation loss | target | p |
-|---|---|---|---|---|---|---|
-| {n} | {millions:.1f}M | {seconds:.1f} s ± {seconds_std:.1f} | {flops:.3e} | {val_loss:.4f} ± {val_loss_std:.4f} \
-| {target} | {p} |
-
-{hardware}, track [{track}](../../README.md). {score}{against}
-
-![Loss against seconds](curve.png)
-
-Logs: {links}. The first holds the code that ran. Command of the first run:
-
-```bash
-{command}
-```
-"""
 
 
 def write_logs(into: Path, said: dict, *runs: Sequence[Path]) -> None:
@@ -72,27 +51,6 @@ def write_logs(into: Path, said: dict, *runs: Sequence[Path]) -> None:
             whole = folder in KEEP_CODE and number == 1
             target.write_bytes(log.path.read_bytes() if whole else log.text.encode())
     said["logs"] = [f"logs/{number}.txt" for number in range(1, len(runs[0]) + 1)]
-
-
-def page(record: Record, track: dict, before: Record | None) -> str:
-    said, measured = record.said, record.said["measured"]
-    metric, against = track["target"]["metric"], "The first of its track."
-    if before:
-        link = f"[{before.said['name']}](../{before.path.name})"
-        race, where = RACES[track["race"]], "" if track["race"] == "flops" else " on the same machine"
-        test = f"(Welch's t-test, p = {measured[race.p]:.1e})"
-        against = f"{measured[race.gain]:.2f} {race.by} {link}{where} {test}."
-    return PAGE.format(
-        **said,
-        **measured,
-        millions=measured["parameters"] / 1e6,
-        against=against,
-        command=record.logs[0].sections["command"].strip(),
-        target=f"{metric} {track['target']['value']}",
-        score="" if metric == "val_loss" else f"Score ({metric}): {measured[metric]:.2f}. ",
-        p="waived" if said.get("systems_only") else f"{measured['p_target']:.1e}",
-        links=", ".join(f"[{number}]({name})" for number, name in enumerate(said["logs"], 1)),
-    )
 
 
 def submit(root: Path, runs: Sequence[Path], said: dict, *others: Sequence[Path]) -> Path:

@@ -69,6 +69,26 @@ RACES = {
     "score": Race("gain", "p_gain", "better", "points above"),
 }
 
+PAGE = """# {name}
+
+{what}
+
+| runs | parameters | training time | model FLOPs | validation loss | target | p |
+|---|---|---|---|---|---|---|
+| {n} | {millions:.1f}M | {seconds:.1f} s ± {seconds_std:.1f} | {flops:.3e} | {val_loss:.4f} ± {val_loss_std:.4f} \
+| {target} | {p} |
+
+{hardware}, track [{track}](../../README.md). {score}{against}
+
+![Loss against seconds](curve.png)
+
+Logs: {links}. The first holds the code that ran. Command of the first run:
+
+```bash
+{command}
+```
+"""
+
 
 def read_tracks(root: Path) -> dict[str, dict]:
     return read_json(root / "tracks.json")
@@ -657,6 +677,36 @@ def refusal(track: dict, date: str) -> str | None:
     return f"is not open yet: {track['why']}" if None in known else None
 
 
+def page(record: Record, track: dict, before: Record | None) -> str:
+    """README.md, as it is written."""
+    said, measured = record.said, record.said["measured"]
+    metric, against = track["target"]["metric"], "The first of its track."
+    if before:
+        link = f"[{before.said['name']}](../{before.path.name})"
+        race, where = RACES[track["race"]], "" if track["race"] == "flops" else " on the same machine"
+        test = f"(Welch's t-test, p = {measured[race.p]:.1e})"
+        against = f"{measured[race.gain]:.2f} {race.by} {link}{where} {test}."
+    return PAGE.format(
+        **said,
+        **measured,
+        millions=measured["parameters"] / 1e6,
+        against=against,
+        command=record.logs[0].sections["command"].strip(),
+        target=f"{metric} {track['target']['value']}",
+        score="" if metric == "val_loss" else f"Score ({metric}): {measured[metric]:.2f}. ",
+        p="waived" if said.get("systems_only") else f"{measured['p_target']:.1e}",
+        links=", ".join(f"[{number}]({name})" for number, name in enumerate(said["logs"], 1)),
+    )
+
+
+def check_page(record: Record, track: dict, before: Record | None) -> Iterator[str]:
+    """README.md may say more than was written, not other than that."""
+    place = record.path / "README.md"
+    found = place.read_text(encoding="utf-8").split("\n") if place.exists() else []
+    if missing := [line for line in page(record, track, before).split("\n") if line not in found]:
+        yield f"{place}: lacks the line {missing[0]!r}, which record.json and the logs give"
+
+
 def check_record(record: Record, tracks: dict[str, dict], before: Record | None) -> Iterator[str]:
     """before: the track's record up to then, if there was one."""
     place, name = record.path / "record.json", record.said["track"]
@@ -679,6 +729,7 @@ def check_record(record: Record, tracks: dict[str, dict], before: Record | None)
         yield from check_limits(record, track)
         if not lacking:
             yield from check_claim(record, track, before)
+            yield from check_page(record, track, before)
 
 
 def check_complete(record: Record, track: dict, before: Record | None) -> Iterator[str]:

@@ -41,7 +41,18 @@ from records.leaderboard import BEGIN, END, draw_published, duration, matches, u
 from records.log import LOG_LINE, WHOLE_LAST_LAYER, log_line, read_code, read_log, split_code, with_header
 from records.plot import draw, figure, series
 from records.submit import extract, submit
-from records.verify import METRICS, RACES, check_run, check_track, expected_steps, read_records, refusal, verify
+from records.verify import (
+    METRICS,
+    RACES,
+    check_run,
+    check_track,
+    expected_steps,
+    page,
+    read_records,
+    read_tracks,
+    refusal,
+    verify,
+)
 
 SHORT = {"steps": 8, "valid_every": 4, "log_every": 2, "save_every": 0, "declared_runs": 3}
 
@@ -397,8 +408,10 @@ def test_a_slower_machine_beats_by_its_own_paired_runs(record):
         if found := re.search(rf"measured\.{name} is \S+, the logs give (\S+)", said):
             measured[name] = float(found[1])
     change_json(record / "record.json", measured=measured)
+    before, ours = read_records(record.parent)[-2:]
+    (record / "README.md").write_text(page(ours, read_tracks(record.parents[1])["tiny"], before))
     assert verify(record) == [] and measured["speedup"] == pytest.approx(2, abs=0.01)
-    assert [other.path for other in read_records(record.parent)][-1] == record
+    assert ours.path == record
 
 
 def pair(record: Path, edit: Callable[[str], str], seconds: float = 3.0) -> None:
@@ -481,6 +494,17 @@ def test_links_lead_somewhere(record):
     with open(record / "README.md", "a") as file:
         file.write("[the other log](logs/9.txt#there)\n")
     assert any("README.md:" in problem and "a link to logs/9.txt" in problem for problem in verify(record))
+
+
+def test_the_page_says_what_the_logs_give(record):
+    page = record / "README.md"
+    said = page.read_text()
+    page.write_text(said.replace("| 3 |", "| 4 |"))
+    assert len(found := verify(record)) == 1 and "README.md: lacks the line '| 3 | " in found[0]
+    page.write_text(said + "\nAnd a word more.\n")
+    assert verify(record) == []
+    page.unlink()
+    assert verify(record) == [f"{page}: lacks the line '# ours', which record.json and the logs give"]
 
 
 def test_what_is_no_log(record, tmp_path):
