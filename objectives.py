@@ -233,8 +233,9 @@ class ReplacedTokenDetection:
             total += self.generate(*masked_row, uniform, **call)[0].detach()
             filled = torch.from_numpy(frozen_words(row)).to(device)
             replaced = filled != row.input_ids
-            _, scores = self.detect(filled, row.document_ids, row.positions, replaced, row.text, **call)
-            place = (scores.detach().sigmoid() * self.bins).long().clamp(max=self.bins - 1) + self.bins * replaced
+            # Let go of at once, a row's graph does not stand beside the next one's
+            scores = self.detect(filled, row.document_ids, row.positions, replaced, row.text, **call)[1].detach()
+            place = (scores.sigmoid() * self.bins).long().clamp(max=self.bins - 1) + self.bins * replaced
             histogram += torch.bincount(place[row.text], minlength=2 * self.bins)
         total, count, *histogram = total_over_ranks(total.item(), count, *histogram.tolist())
         return {"val_loss": mean_of(total, count), **detection_scores(np.reshape(histogram, (2, self.bins)))}

@@ -59,7 +59,7 @@ from dataloading import (
 from model import PRESETS as MODEL_PRESETS
 from model import KBERTConfig, KBERTForMaskedLM, option
 from objectives import MaskedLM, ReplacedTokenDetection, mask_count
-from optimizer import POLAR_EXPRESS, Optimizer
+from optimizer import POLAR_EXPRESS, Optimizer, all_gather, reduce_scatter
 from records.log import Clock, RunLog, Work, cut_log, environment, log_line, peak_flops, read_code
 from records.plot import draw_curves
 
@@ -441,7 +441,12 @@ def join_group(place: torch.device, rank: int, world_size: int, timeout: timedel
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    dist.all_reduce(torch.zeros(1, device=place))  # NCCL takes its memory now, before a row is tried for size
+    # NCCL connects, and takes its memory, at the first call of each kind: now, before a row is tried for size
+    whole = torch.zeros(world_size << 20, device=place)
+    share = whole[: 1 << 20].clone()
+    dist.all_reduce(share)
+    reduce_scatter(share, whole)
+    all_gather(whole, share)
 
 
 def choose_cuda(device: str) -> bool:
@@ -784,9 +789,11 @@ def candidate_rows(train: TrainConfig, process: Process) -> list[int]:
 
 def fit_row_tokens(sizes: list[int], process: Process, attempt: Callable[[int], None]) -> int:
     """The first of `sizes` that every rank can take. attempt: a forward and backward, without talk between ranks."""
+    margin = 2**31 if len(sizes) > 1 and process.device.type == "cuda" else 0  # bytes: memory fragments in a long run
     for size in sizes:
-        failed = 0.0
+        failed, _spare = 0.0, None
         try:
+            _spare = torch.empty(margin, dtype=torch.uint8, device=process.device)
             attempt(size)
         except RuntimeError as error:  # torch.OutOfMemoryError is one; the compiler, NCCL and cuBLAS raise others
             if not re.search("out of memory|alloc_failed", str(error), re.IGNORECASE):

@@ -226,7 +226,9 @@ def training(machine: Machine) -> Iterator[Check]:
     if machine.small:
         settings = f"{TINY} --data.dir {machine.data} --train.batch_tokens 2048 --data.valid_tokens 20000"
     else:
-        settings = "--model.num_hidden_layers 7 --train.batch_tokens 65536 --train.row_tokens none --train.log_every 50"
+        step = 8192 * machine.gpus * max(1, 8 // machine.gpus)  # 65,536 tokens, where so many GPUs share them evenly
+        settings = f"--model.num_hidden_layers 7 --train.batch_tokens {step} --train.row_tokens none"
+        settings += " --train.log_every 50"
     command = f"trainer.py --preset micro {settings} --train.max_minutes {machine.minutes} {machine.fresh('trained')}"
     done = machine.run("training", command, max(1, machine.gpus), timeout=60 * machine.minutes + 420)
     figure = ""
@@ -317,6 +319,8 @@ def probe(machine: Machine, preset: str) -> None:
 
     def attempt(row_tokens: int) -> None:
         sides.clear()
+        if machine.gpus:
+            torch.cuda.reset_peak_memory_stats()  # a size that does not fit leaves its own
         sides.append(Ours(config, preset, row_tokens, longest, process))
 
     row_tokens = fit_row_tokens([1024] if machine.small else [65536, 49152, 32768, 16384, 8192], process, attempt)

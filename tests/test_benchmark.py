@@ -13,6 +13,7 @@ import torch
 
 import first_hour
 from conftest import ROOT, run_python
+from tests.benchmark import time_ways
 
 TINY = ("--layers", 2, "--hidden", 64, "--heads", 1, "--intermediate", 64, "--row-tokens", 256, "--max-length", 96)
 
@@ -49,6 +50,25 @@ def test_the_finetuner_is_measured_beside_the_trainers_way(corpus, tmp_path):
     found = benchmark(corpus, tmp_path, "--finetune", "--rounds", 1, "--steps", 1, env=eager)
     ours, *others = found["finetuning_examples_per_s"].values()
     assert len(others) == 2 and found["finetuning_ratio"] == pytest.approx(ours / max(others))
+
+
+def test_a_way_to_attend_that_is_wrong_or_cannot_run_is_left_out(monkeypatch, capsys):
+    def impossible(q, k, v, window):
+        raise RuntimeError("no such backend")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    ways = {
+        "flex": lambda q, k, v, window: q * k,
+        "as good": lambda q, k, v, window: k * q,
+        "no number": lambda q, k, v, window: q * k / 0 * 0,
+        "other": lambda q, k, v, window: q + k,
+        "impossible": impossible,
+    }
+    q, k, v = (torch.randn(1, 8, 1, 4, requires_grad=True) for _ in range(3))
+    assert set(time_ways(ways, q, k, v, None)) == {"flex", "as good"}
+    said = capsys.readouterr().out
+    assert "no number is left out (InputError: differs from flex by nan" in said
+    assert "impossible is left out (RuntimeError: no such backend" in said
 
 
 def test_the_loader_alone(corpus, tmp_path):

@@ -1,6 +1,7 @@
 """Replaced-token detection: what is drawn, the loss, validation, ranks, resume and the models that it leaves."""
 
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -179,6 +180,23 @@ def test_what_is_saved_opens_as_other_models_do(detected):
     expected = F.binary_cross_entropy_with_logits(out.logits[0, 1:4], labels[0, 1:4].float())
     torch.testing.assert_close(out.loss, expected)
     assert not torch.equal(detector.get_input_embeddings().weight, generator.get_input_embeddings().weight)
+
+
+def test_validation_holds_the_graph_of_one_row(corpus):
+    """Of two, a GPU whose memory the training fills has no room."""
+    objective, manifest = small_objective(), read_manifest(corpus)
+    loader = Loader(corpus, manifest, "valid", 256, 100, seed=None)
+    detect, kept = objective.detect, []
+
+    def watched(*rest, **call):
+        assert not any(score() is not None for score in kept)
+        loss, scores = detect(*rest, **call)
+        kept.append(weakref.ref(scores))
+        return loss, scores
+
+    objective.detect = watched
+    objective.validate(loader, 16, lambda *sums: list(sums))
+    assert len(kept) > 1
 
 
 def test_a_track_of_validation_loss_takes_masking_alone(detected):
