@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data.pack_fineweb_edu import SPLITS, ShardWriter, count_words
 from data.train_tokenizer import bring_tokenizer, describe_split, digest_of, split_of, train_tokenizer
-from dataloading import InputError, usable_cores, write_manifest
+from dataloading import InputError, data_hash, read_json, usable_cores, write_manifest
 
 # Not requirements.txt, which may change: the sample of records must not, and it is the documentation of these packages.
 PACKAGES = ["torch", "numpy", "huggingface-hub", "datasets", "transformers", "tqdm"]
@@ -56,6 +56,8 @@ def required_packages() -> dict[str, str]:
     waiting, found = list(PACKAGES), {}
     while waiting:
         name = re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", waiting.pop())[0]).lower()
+        if re.match(r"triton$|cuda-|nvidia-", name):  # which torch asks for where it is built for GPUs
+            continue
         try:
             package = metadata.distribution(name)
         except metadata.PackageNotFoundError:  # a requirement of other platforms
@@ -203,6 +205,11 @@ def main() -> None:
     flag("--vocab_size", type=int, default=8192, help="entries of the tokenizer, special tokens included")
     args = parser.parse_args()
     make_sample(args.out, args.vocab_size)
+    made, tracks = data_hash(read_json(args.out / "manifest.json")), read_json(ROOT / "records" / "tracks.json")
+    if named := [name for name, track in tracks.items() if track["data"]["hash"] == made]:
+        print(f"{args.out} is the sample of the tracks {', '.join(named)}")
+    else:
+        print(f"{args.out} is another sample than the records' tracks have (records/README.md)")
 
 
 if __name__ == "__main__":

@@ -89,6 +89,9 @@ def main() -> None:
                 f"out of {', '.join(rows.column_names)}"
             )
     labels, names = number_labels(splits, args.label)
+    for split, of_split in labels.items():
+        if 0 < (missing := of_split.count(NO_LABEL)) < len(of_split):
+            print(f"note: {missing:,} of {len(of_split):,} rows of {split} have no label (none, or -1)")
     backend, tokenizer = bring_tokenizer(args.tokenizer, args.out, max_vocab_size=NO_LABEL)
 
     shards = {}

@@ -117,7 +117,8 @@ def row(number: int, record: Record, track: dict, folder: str) -> tuple[str, ...
 def score_of(measured: dict) -> str:
     """Accuracies of the tracks that are judged by them."""
     if measured["mnli_matched"] is not None:
-        return f"MNLI {measured['mnli_matched']:.1f} / {measured['mnli_mismatched']:.1f}"
+        both = (measured["mnli_matched"], measured["mnli_mismatched"])
+        return "MNLI " + " / ".join(f"{score:.1f}" for score in both if score is not None)
     scores = [(name, measured.get(metric)) for metric, name in (("blimp", "BLiMP"), ("pairs", "pairs"))]
     return ", ".join(f"{name} {score:.1f}" for name, score in scores if score is not None) or "-"
 

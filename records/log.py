@@ -272,7 +272,9 @@ def environment(device: torch.device, world_size: int) -> dict:
     found |= {"huggingface_hub": huggingface_hub.__version__, "numpy": np.__version__}
     if device.type == "cuda":
         driver = Path("/proc/driver/nvidia/version")  # torch has no call for it
-        found |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        name = torch.cuda.get_device_name(device)  # of some older ones without the maker's, such as Tesla T4
+        name = name if "NVIDIA" in name or torch.version.cuda is None else f"NVIDIA {name}"
+        found |= {"device": name, "cuda": torch.version.cuda}
         found["driver"] = driver.read_text().splitlines()[0] if driver.exists() else "unknown"
     else:
         info = Path("/proc/cpuinfo")

@@ -311,8 +311,8 @@ def accuracy(log: Log, metric: str) -> float:
 
 def judged(logs: Sequence[Log], finetuned: Sequence[Log], metric: str) -> list[float]:
     """Accuracy of each run's model that was judged by it."""
-    task, _ = METRICS[metric]
-    found = [log for log in finetuned if task in log.named("result", "results")]
+    task, split = METRICS[metric]
+    found = [log for log in finetuned if split in log.named("result", "results").get(task, {}).get("pretrained", {})]
     scores = {log.named("data", "base_sha256"): accuracy(log, metric) for log in found}
     models = [log.named("result", "model_sha256") for log in logs]
     return [scores[model] for model in models if model in scores]
@@ -461,7 +461,9 @@ def check_declared(record: Record, track: dict) -> Iterator[str]:
     promised = said["declared_runs"]
     for log in record.logs:
         declared = log.named("config", "train", "declared_runs")
-        if declared != promised:
+        if declared is None:
+            yield f"{at(log, 'config')}: no number of runs was declared: run them all with --train.declared_runs"
+        elif declared != promised:
             yield f"{at(log, 'config')}: {declared} runs were declared when it started, {promised} in record.json"
     seeds = sorted(log.named("config", "train", "seed") for log in record.logs)
     if seeds != list(range(1, promised + 1)):
@@ -540,10 +542,13 @@ def check_finetuned(logs: Sequence[Log], finetuned: Sequence[Log], track: dict) 
 
 
 def check_tuning(log: Log, task: str) -> Iterator[str]:
-    """Every line of a finetuning is there, in order, up to its last step."""
+    """Every run of a finetuning is there, and of each every line, in order, up to its last step."""
     settings = settings_of(log)
     examples = log.named("result", "splits", task).get("train", {}).get("examples", 0)  # none: judged as it is
     steps = max(1, round(settings["epochs"] * -(-examples // settings["batch_size"])))
+    runs, asked = {line.run for line in log.lines}, settings["seeds"] * (1 + settings["compare_random"])
+    if examples and (runs != set(range(1, len(runs) + 1)) or len(runs) % asked):  # so many for each cell of a grid
+        yield f"{log.path}: there are the runs {', '.join(map(str, sorted(runs)))}; its seeds ask for {asked}"
     for run, lines in itertools.groupby(log.lines, lambda line: line.run):
         lines = list(lines)
         for before, line in itertools.pairwise(lines):
@@ -686,6 +691,9 @@ def page(record: Record, track: dict, before: Record | None) -> str:
         race, where = RACES[track["race"]], "" if track["race"] == "flops" else " on the same machine"
         test = f"(Welch's t-test, p = {measured[race.p]:.1e})"
         against = f"{measured[race.gain]:.2f} {race.by} {link}{where} {test}."
+    in_all = ""
+    if "seconds_in_all" in measured:
+        in_all = f", after {measured['seconds_in_all'] / 60:.1f} minutes with the finetuning"
     return PAGE.format(
         **said,
         **measured,
@@ -693,7 +701,7 @@ def page(record: Record, track: dict, before: Record | None) -> str:
         against=against,
         command=record.logs[0].sections["command"].strip(),
         target=f"{metric} {track['target']['value']}",
-        score="" if metric == "val_loss" else f"Score ({metric}): {measured[metric]:.2f}. ",
+        score="" if metric == "val_loss" else f"Score ({metric}): {measured[metric]:.2f}{in_all}. ",
         p="waived" if said.get("systems_only") else f"{measured['p_target']:.1e}",
         links=", ".join(f"[{number}]({name})" for number, name in enumerate(said["logs"], 1)),
     )
