@@ -36,16 +36,20 @@ from records.log import GENERATOR_AND_DETECTOR, MASKED_LAST_LAYER
 # Masks
 
 
-def mask_count(rate: float, row_tokens: int) -> int:
-    """Masked positions in a row, a multiple of 16."""
-    return max(16, round(rate * row_tokens / 16) * 16)
+def mask_count(rate: float, row_tokens: int, text: int | None = None) -> int:
+    """Masked positions in a row, a multiple of 16.
+
+    text: its tokens of text. Of a row less than half full, as an epoch's last may be, the rate is that of its text.
+    """
+    tokens = row_tokens if text is None or 2 * text > row_tokens else text
+    return max(16, round(rate * tokens / 16) * 16)
 
 
 def random_of(row: Row, seed: int, purpose: int = 0) -> torch.Generator:
     """On the row's device, from (seed, number of the row), which no two steps share, whatever the number of ranks."""
     # Down to 32 bits: the CPU's generator ignores what lies above.
-    (stirred,) = hash64(np.array([(seed << 40) + (purpose << 38) + row.index])) >> np.uint64(32)
-    return torch.Generator(row.input_ids.device).manual_seed(int(stirred))
+    (hashed,) = hash64(np.array([(seed << 40) + (purpose << 38) + row.index])) >> np.uint64(32)
+    return torch.Generator(row.input_ids.device).manual_seed(int(hashed))
 
 
 def draw_masks(row: Row, count: int, seed: int, mask_id: int) -> tuple[Tensor, ...]:
@@ -59,7 +63,7 @@ def frozen_masks(row: Row, mask_id: int) -> tuple[int, tuple[Tensor, ...]]:
     """How many positions of a row of validation are masked, and the row as corrupt() gives it."""
     masked = np.flatnonzero(frozen_mask(row.offsets))
     count = len(masked)
-    # At least one position, and a multiple of 64: the filling points at [CLS] or padding, which has no target.
+    # Up to the next multiple of 64, so that there is one position at least: the filling has no target.
     masked = torch.from_numpy(np.pad(masked, (0, -count % 64 or 64))).to(row.input_ids.device)
     return count, corrupt(row, masked, mask_id)
 
@@ -83,12 +87,12 @@ def compile_each_shape(function: Callable) -> Callable:
 
 
 def compile_rows(function: Callable, encoder: KBERTModel, compiled: bool) -> Callable:
-    """function(input_ids, document_ids, positions, ..., max_seqlen, window, slots), run by `encoder`.
+    """function(input_ids, document_ids, positions, ..., max_seqlen, window, slots), run by `encoder`, but for `slots`.
 
-    Its window is in tokens of both sides now; it is compiled once a window, whatever the number of masks.
+    There is a graph for each window, whatever the number of masks.
     """
     if not compiled:
-        return lambda *row, max_seqlen, window: function(*row, max_seqlen, window // 2)
+        return function
     backend = encoder.attention_backend = compiled_backend(encoder.device)
     compiled_function = compile_each_shape(function)
 
@@ -100,7 +104,7 @@ def compile_rows(function: Callable, encoder: KBERTModel, compiled: bool) -> Cal
         for tensor in row if slots is None else (*row, slots):
             if tensor.size(0) != T:
                 torch._dynamo.mark_dynamic(tensor, 0)
-        return compiled_function(*row, max_seqlen, window // 2, slots)
+        return compiled_function(*row, max_seqlen, window, slots)
 
     return call
 
@@ -255,16 +259,17 @@ class ReplacedTokenDetection:
 
 
 def load_tied(model: nn.Module, folder: Path) -> None:
-    """Weights of a folder, in which a tied head is left out."""
+    """Weights of a folder, in which a tied head is left out. Raises InputError where they are another model's."""
     weights = load_file(folder / "model.safetensors", device=str(model.device))
     found = model.load_state_dict(weights, strict=False)
     tied = {"lm_head.weight", "decoder.weight"}  # ours, and ModernBERT's
-    assert set(found.missing_keys) <= tied and not found.unexpected_keys, found
+    if others := {*found.missing_keys} - tied | {*found.unexpected_keys}:
+        raise InputError(f"{folder} holds weights of another model ({min(others)}): resume by the code that wrote them")
 
 
 def mean_of(total: float, count: float) -> float:
     if not count:
-        raise InputError("the validation set holds no text to mask: raise --data.valid_tokens or pack more text")
+        raise InputError("the set holds no text to mask: pack more text")
     return total / count
 
 

@@ -80,6 +80,7 @@ MODULES = (
 # Configuration
 
 MaskRate = restricted_number_type("MaskRate", float, [(">", 0), ("<=", 1)])
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**24)])  # as many as rows' numbers leave room for
 PolarSteps = restricted_number_type("PolarSteps", int, [(">=", 1), ("<=", len(POLAR_EXPRESS))])
 
 
@@ -109,7 +110,9 @@ class TrainConfig:
     batch_tokens: PositiveInt = option(1_048_576, "tokens in an optimizer step, over all ranks, padding included")
     row_tokens: PositiveInt | None = option(None, "tokens in one forward; none: 8192 on a CPU, what fits on a GPU")
     grad_accum: PositiveInt | None = option(None, "rows of each rank in a step; none: as batch_tokens asks")
-    batch_start: ClosedUnitInterval = option(1.0, "fraction of batch_tokens in the first steps")
+    batch_start: ClosedUnitInterval = option(
+        1.0, "fraction of batch_tokens in the first steps, in whole rows of each rank"
+    )
     batch_ramp: ClosedUnitInterval = option(
         0.0, "fraction of the run in which the batch grows, in quarters, to the full"
     )
@@ -150,7 +153,7 @@ class TrainConfig:
     declared_runs: PositiveInt | None = option(
         None, "runs declared for a record (records/README.md), of seeds 1, 2, ..."
     )
-    seed: int = option(1, "of initial weights, order of data and masks")
+    seed: Seed = option(1, "of initial weights, order of data and masks")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to train; auto: on GPUs where there are any")
     compile: bool = option(True, "torch.compile; where that cannot work, a run says so and is eager")
     deterministic: bool = option(False, "on a GPU, kernels that give the same bits each time, or an error")
@@ -210,7 +213,7 @@ PRESETS["babylm"] = {  # micro's model and rates, found on runs a hundredth as l
     "train.save_words": tuple(n * 1e6 for n in (*range(1, 11), *range(20, 101, 10))),
     "train.valid_every": 1000,
     "train.save_every": 1000,
-    "train.log_every": 10,
+    "train.log_every": 50,  # three logs of ten passes fit into a record's 2 MB
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -469,16 +472,16 @@ def choose_cuda(device: str) -> bool:
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """SIGTERM and Ctrl-C ask the run to stop: their numbers, as they come. A second Ctrl-C ends it at once."""
-    came: list[int] = []
+    signals: list[int] = []
 
     def note(number: int, _) -> None:
-        came.append(number)
+        signals.append(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield came
+        yield signals
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -662,15 +665,17 @@ class HubPusher:
         target = {"repo_id": self.name, "revision": revision, "commit_message": f"KBERT {revision}"}
         if revision != "main":
             self.api.create_branch(self.name, branch=revision, exist_ok=True)
-        self.api.upload_folder(folder_path=folder, **target)
+        if folder.parent.name != TO_PUSH:
+            self.api.upload_folder(folder_path=folder, **target)
+        elif folder.exists():  # else it went along already: a resumed run may push a folder twice
+            self.api.upload_folder(folder_path=folder, **target)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def finish(self) -> None:
         """Waits for the uploads, and prints a command for each that failed."""
         for folder, revision, future in self.pending:
             try:
                 future.result()
-                if folder.parent.name == TO_PUSH:
-                    shutil.rmtree(folder, ignore_errors=True)  # gone already, if a resumed run pushed it twice
             except Exception as error:
                 said = f"warning: pushing {folder} to {self.name} failed ({self.why(error)})"
                 print(f"{said}\n{self.command(folder, revision)}")
@@ -766,7 +771,7 @@ def warm_up(objective: MaskedLM | ReplacedTokenDetection, train: TrainConfig, ro
     nowhere = np.full(row_tokens, -1)
     row = Row(0, ids, token // max_length, token % max_length, text, nowhere, [row_tokens], nowhere, {})
     most, full = mask_count(max(mask_rate(0, train), mask_rate(1, train)), row_tokens), config.local_attention_window
-    windows = sorted({local_window(promille / 1000, train, full) for promille in range(1001)})
+    windows = sorted({local_window(permille / 1000, train, full) for permille in range(1001)})
     for window in [*windows, windows[-1]]:  # twice at least: from the second row on, gradients take memory already
         objective.loss(row, most, window, 1, 1)[0].backward()
 
@@ -887,7 +892,13 @@ class Run:
         if train.resume:
             checkpoint = find_checkpoint(train.resume, out, train.run_name, train.start_afresh)
         if checkpoint:
-            folder = checkpoint.parent.parent
+            of = checkpoint.parent.parent
+            if train.run_name and folder.resolve() != of.resolve():
+                raise InputError(
+                    f"{checkpoint} is of the run {of.name}, not of {train.run_name}: leave out --train.run_name, "
+                    f"or copy {of} to {folder} and resume from there"
+                )
+            folder = of
         elif (folder / "log.txt").exists() and (folder / "log.txt").stat().st_size > 0:
             if train.resume != "auto":
                 raise InputError(
@@ -934,14 +945,14 @@ class Run:
         process = self.process
         self.step, self.clock, self.work, self.loader_state = 0, Clock(process.device), Work(), None
         self.validated, self.validated_step = {}, -1  # val_loss and its kin, and when
-        self.identity = self.what_it_is()
+        self.identity = self.identity_of_run()
         if self.checkpoint:
             self.load_checkpoint()
         self.resumed_step = self.step
         self.loader = self.loader_of("train", process, seed=self.train.seed, state=self.loader_state)
         self.valid_loader = self.validation_loader("valid", process)
 
-    def what_it_is(self) -> dict:
+    def identity_of_run(self) -> dict:
         """What a run has to share with the checkpoint that it continues."""
         shape = {name: value for name, value in self.config.to_dict().items() if name != "transformers_version"}
         return {
@@ -1015,13 +1026,26 @@ class Run:
         self.log = RunLog(self.folder, self.steps, self.step, run)
         alone = Process(0, 1, torch.device("cpu"))
         self.validation = describe_validation(self.directory, self.manifest, self.validation_loader("valid", alone))
+        if not self.validation["masked_tokens"]:  # now, not when the run ends
+            raise InputError("the validation set holds no text to mask: raise --data.valid_tokens or pack more text")
         if not continues:
             self.write_head()
         elif is_due(self.step, train.save_every):  # what the checkpoint's own line was, before it was cut
             self.log.section("saved", str(self.checkpoint))
         if self.checkpoint:
-            self.log.section("resumed", self.checkpoint.name, echo=True)
+            self.log.section("resumed", "\n".join([self.checkpoint.name, *self.changes()]), echo=True)
         return continues
+
+    def changes(self) -> list[str]:
+        """Settings that are not those that the checkpoint was written with."""
+        before, now = self.saved["config"], json.loads(json.dumps(self.resolved()))
+        of_this_start = ("resume", "start_afresh", "out", "run_name")
+        return [
+            f"{group}.{name}: {value}, before: {before[group].get(name)}"
+            for group in ("data", "train")
+            for name, value in now[group].items()
+            if name not in of_this_start and value != before[group].get(name)
+        ]
 
     def write_head(self) -> None:
         """config.yaml, and what the log says before its first line."""
@@ -1058,24 +1082,27 @@ class Run:
         """Trains to the end, or until a signal, upon which it saves first. Returns whether the run is finished."""
         gc.collect()
         gc.freeze()  # what was made so far lives on: the collector need not look at it in each of its rounds
-        with stop_signals() as came:
-            finished = self.train_until(came)
+        with stop_signals() as signals:
+            finished = self.train_until(signals)
         gc.unfreeze()
         self.rows.close()
         return finished
 
-    def agree(self, came: list[int]) -> tuple[float, float]:
+    def agree(self, signals: list[int]) -> tuple[float, float]:
         """Seconds of training and the signal to stop, alike on all ranks, who talk each step if the clock decides."""
-        if self.process.world_size > 1 and self.train.max_minutes is None and self.step % self.train.log_every:
+        if self.process.world_size > 1 and self.train.max_minutes is None and self.step % self.agree_every:
             return self.clock.now(), 0
-        return self.process.max(self.clock.now(), max(came, default=0))
+        seconds, stopped = self.process.max(self.clock.now(), max(signals, default=0))
+        # At least every ten seconds: thirty after its SIGTERM, torchrun kills what has not saved yet
+        self.agree_every = min(self.train.log_every, max(1, int(10 * self.step / max(seconds, 1e-9))))
+        return seconds, stopped
 
-    def train_until(self, came: list[int]) -> bool:
-        """came: signals to stop."""
+    def train_until(self, signals: list[int]) -> bool:
+        """signals: signals to stop."""
         train = self.train
-        self.rows, self.data_wait, self.unread = iter(self.loader), 0.0, []
+        self.rows, self.data_wait, self.unread, self.agree_every = iter(self.loader), 0.0, [], 1
         while True:
-            seconds, stopped = self.agree(came)
+            seconds, stopped = self.agree(signals)
             progress = self.progress(seconds)
             self.window = local_window(progress, train, self.config.local_attention_window)
             finished = progress >= 1
@@ -1090,7 +1117,7 @@ class Run:
             if (save_due or stopped) and self.step > self.resumed_step:
                 self.clock.stop()
                 self.save(push=not stopped and not train.save_words)
-            if finished:  # ten passes over what is not held back end just short of the last
+            if finished and self.work.text >= self.text_limit:  # which lies a step below what was asked for
                 self.save_at_words(self.words, self.words / 0.95)
             if finished or stopped:
                 self.stopped_by = stopped
@@ -1099,8 +1126,6 @@ class Run:
             words = self.words
             self.train_step(progress)
             if self.step % train.log_every == 0:
-                if self.process.device.type == "cuda":
-                    torch.cuda.synchronize()  # the clock must not run ahead of the GPU
                 self.clock.stop()
                 self.write_losses()
             self.save_at_words(words, self.words)
@@ -1119,18 +1144,19 @@ class Run:
     def train_step(self, progress: float) -> None:
         """One optimizer step over the rows of all ranks; its loss stays on the device until write_losses."""
         train = self.train
-        masks = mask_count(mask_rate(progress, train), self.row_tokens)
+        rate = mask_rate(progress, train)
         accum = max(1, round(self.rows_per_rank * batch_factor(progress, train)))
         # A smaller batch takes smaller steps (Malladi et al. 2022)
         factor = lr_factor(progress, train) * (accum / self.rows_per_rank) ** 0.5
         waiting = time.perf_counter()
         batch = [next(self.rows) for _ in range(accum)]
         self.data_wait += time.perf_counter() - waiting
-        targets_in_step = sum(min(masks, text) for row in batch for text in row.round_text)  # over all ranks
-        text_in_step = sum(text for row in batch for text in row.round_text)
+        texts = [text for row in batch for text in row.round_text]  # tokens of each row, of all ranks
+        targets_in_step = sum(min(mask_count(rate, self.row_tokens, text), text) for text in texts)
         measured = torch.zeros(len(self.objective.measures), device=self.process.device)
         for row in batch:
-            loss, measures = self.objective.loss(row, masks, self.window, targets_in_step, text_in_step)
+            masks = mask_count(rate, self.row_tokens, row.round_text[self.process.rank])
+            loss, measures = self.objective.loss(row, masks, self.window, targets_in_step, sum(texts))
             loss.backward()
             measured += measures
         self.optimizer.step(factor, muon_momentum(progress, train))
@@ -1140,7 +1166,7 @@ class Run:
         metrics = {
             "lr": train.muon_lr * factor,
             "lr_factor": factor,
-            "mask_rate": masks / self.row_tokens,
+            "mask_rate": rate,
             "window": self.window,
             "batch_tokens": accum * self.process.world_size * self.row_tokens,
             "rows": [row.index for row in batch],
@@ -1157,7 +1183,7 @@ class Run:
             if not math.isfinite(loss):
                 muon, embedding = metrics["lr"], self.train.embed_lr * metrics["lr_factor"]
                 rates = f"learning rates {muon:.4g} (muon) and {embedding:.4g} (embedding)"
-                raise not_finite(f"the loss of step {step} is {loss}, at {rates}, rows {metrics['rows']}")
+                raise self.not_finite(f"the loss of step {step} is {loss}, at {rates}, rows {metrics['rows']}")
         measures = dict(zip(names, measured[-1]))
         self.write_line(**measures, **self.unread[-1][2], data_wait_seconds=self.data_wait)
         self.unread.clear()
@@ -1181,15 +1207,22 @@ class Run:
     def validate(self, loader: Loader) -> dict[str, float]:
         found = self.objective.validate(loader, self.window, self.process.sum)
         if not all(math.isfinite(value) for value in found.values()):
-            raise not_finite(f"the validation loss after step {self.step} is {found['val_loss']}")
+            raise self.not_finite(f"the validation loss after step {self.step} is {found['val_loss']}")
         return found
+
+    def not_finite(self, what: str) -> InputError:
+        if saved := checkpoints_of(self.folder):
+            return InputError(f"{what}: lower the learning rates and go on from {saved[-1]}, by --train.resume auto")
+        return InputError(
+            f"{what}, and nothing was saved (--train.save_every): lower the learning rates and start again"
+        )
 
     # --- saving
 
     def check_weights(self) -> None:
         finite = all(bool(torch.isfinite(p).all()) for p in self.network.parameters())
         if not finite:  # the loss would tell only at the next step
-            raise not_finite(f"the weights after step {self.step} are not finite")
+            raise self.not_finite(f"the weights after step {self.step} are not finite")
 
     def save_at_words(self, above: float, upto: float) -> None:
         """Keeps the model for each of save_words in this range: words/chck_1M, and a branch of that name."""
@@ -1270,16 +1303,21 @@ class Run:
     # --- the end
 
     def finish(self) -> None:
-        """Test loss, the model in Hugging Face form, and the result."""
-        has_test = any(entry["split"] == "test" and entry["tokens"] for entry in self.manifest["shards"].values())
+        """The model in Hugging Face form, then what may still fail: test loss and result."""
+        self.process.on_main(self.write_models)
+        tests = [entry for entry in self.manifest["shards"].values() if entry["split"] == "test"]
+        text = sum(entry["tokens"] - 2 * entry["documents"] for entry in tests)
+        has_test = text >= 200  # of a few tokens, none may be masked
         self.test_loss = self.validate(self.validation_loader("test", self.process))["val_loss"] if has_test else None
         self.process.on_main(self.write_result)
 
-    def write_result(self) -> None:
+    def write_models(self) -> None:
         for part in self.objective.parts():
             save_folder(self.folder / (part or "model"), partial(self.write_model, part))
             if self.hub:
                 self.to_push(self.folder / (part or "model"), part or "main")
+
+    def write_result(self) -> None:
         result = {
             "run": str(self.folder),
             "step": self.step,
@@ -1357,10 +1395,6 @@ class Run:
             print("\n".join(answers(self.objective.masked_lm, self.tokenizer)))
 
 
-def not_finite(what: str) -> InputError:
-    return InputError(f"{what}: no checkpoint was overwritten; lower the learning rates and use --train.resume auto")
-
-
 def is_due(step: int, every: int) -> bool:
     """Whether something is to be done after this step; never where `every` is 0."""
     return every > 0 and step % every == 0
@@ -1410,10 +1444,15 @@ def main(argv: list[str] | None = None) -> None:
         "--preset", choices=list(PRESETS), default="base", help="named settings that flags override [base]"
     )
     settings, _ = parse_flags(parser, argv, {"preset": PRESETS})
+    train_to_the_end(Run, settings, ["trainer.py", *argv], code)
+
+
+def train_to_the_end(run_class: type[Run], settings: dict, argv: list[str], code: dict[str, str]) -> None:
+    """As Run takes them. Ctrl-C, having saved, ends the program with 130."""
     train = settings["train"]
     with join_processes(train["device"], train["timeout_minutes"]) as process:
         try:
-            run = Run(process, settings, ["trainer.py", *argv], code)
+            run = run_class(process, settings, argv, code)
         except RunFinished as said:
             if process.is_main:
                 print(said)
@@ -1426,11 +1465,16 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-if __name__ == "__main__":
+def run_program(main: Callable[[], None], again: str) -> None:
+    """Bad input ends it in one line, Ctrl-C in another. again: the flag to start it with."""
     try:
         main()
     except InputError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:  # outside of training, where there is nothing to save
-        print("stopped; start again with --train.resume auto", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:  # in training, `stop_signals` has them and saves
+        print(f"stopped; start again with {again}", file=sys.stderr, flush=True)
         os._exit(130)  # uploads and loaders would keep it waiting
+
+
+if __name__ == "__main__":
+    run_program(main, "--train.resume auto")

@@ -100,6 +100,14 @@ def test_a_run_ends_with_its_words_and_keeps_models_on_the_way(counted, tmp_path
     assert max(factors) > 0.9 and factors[-1] < 0.3  # the schedules follow the words
 
 
+def test_a_run_that_ends_for_another_reason_keeps_no_model_of_words_it_did_not_see(counted, tmp_path):
+    trainer.main(flags(counted, tmp_path, "run", "--train.steps 2 --train.save_words 500,1500"))
+    shown = words_of(tmp_path / "run")[-1]
+    assert 0.95 * 1500 < shown < 1500 and [path.name for path in (tmp_path / "run" / "words").iterdir()] == [
+        "chck_0.0005M"
+    ]
+
+
 def test_resumed_by_words_as_if_never_stopped(counted, tmp_path):
     more = "--train.epochs 1.5 --train.save_words 3000,5000 --train.save_every 4"
     for name in ("whole", "again"):

@@ -87,6 +87,7 @@ def submit_one() -> None:
 RECORD = "repository/records/sample-cpu/2026-11-22_two-layers"
 TRACKS = "repository/records/tracks.json"
 DATA = ["data/manifest.json", "data/test_train_000000.bin", "data/test_valid_000000.bin"]
+HASHED = [*DATA[1:], "data/tokenizer/tokenizer.json"]  # by the manifest: no damage may pass
 TOKENIZER = ["data/tokenizer/tokenizer.json", "data/tokenizer/tokenizer_config.json"]
 MODEL = ["logs/pretrained/model/config.json", "logs/pretrained/model/model.safetensors"]
 MODEL += [path.replace("data/tokenizer", "logs/pretrained/model") for path in TOKENIZER]
@@ -152,6 +153,7 @@ def test_a_command_survives_damage_or_names_it(sound, tmp_path, monkeypatch, nam
         Path(path).write_bytes(damage(Path(path).read_bytes()))
         try:
             run()
+            assert path not in HASHED
         except (InputError, OSError) as error:
             assert "\n" not in str(error) and 0 < len(str(error)) < 500
         except SystemExit as end:

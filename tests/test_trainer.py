@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -38,10 +39,11 @@ from conftest import (
     tiny,
     write_documents,
 )
-from dataloading import InputError, Loader, frozen_mask, read_manifest
+from data import download_fineweb_edu
+from dataloading import InputError, Loader, count_text, frozen_mask, read_manifest
 from hub_stand_in import Hub
 from model import KBERTConfig
-from objectives import compile_rows, draw_masks
+from objectives import compile_rows, draw_masks, mask_count
 from records.log import LOG_LINE, MASKED_LAST_LAYER, WHOLE_LAST_LAYER, Work, log_line, peak_flops, read_log
 from trainer import (
     PRESETS,
@@ -466,6 +468,18 @@ def test_a_signal_saves_once_and_exits(corpus, tmp_path, number, code):
     assert json.loads((checkpoint / "state.json").read_text())["step"] == int(checkpoint.name[5:]) == last
 
 
+@pytest.mark.parametrize("seconds, asked", [(0.01, [0, 1, 10, 20]), (4.0, [0, 1, *range(2, 25, 2)])])
+def test_ranks_look_for_signals_every_ten_seconds(seconds, asked):
+    """torchrun kills thirty seconds after SIGTERM: ten steps may take longer."""
+    steps = []
+    process = types.SimpleNamespace(world_size=2, max=lambda *values: steps.append(run.step) or values)
+    run = types.SimpleNamespace(process=process, train=TrainConfig(log_every=10), agree_every=1)
+    run.clock = types.SimpleNamespace(now=lambda: run.step * seconds)
+    for run.step in range(25):
+        trainer.Run.agree(run, [])
+    assert steps == asked
+
+
 def test_a_run_by_the_clock_ends_when_its_time_is_up(corpus, tmp_path):
     main(flags(corpus, tmp_path, "clock", "--train.max_minutes", "0.03"))
     last = lines(tmp_path / "clock")[-1]
@@ -581,6 +595,8 @@ def test_a_hub_that_never_answers_is_given_up(hub, tmp_path, capsys):
         (tmp_path / "to_push" / name / "config.json").write_text("{}")
     pusher.push(tmp_path / "to_push" / "one", "one")
     pusher.push(tmp_path / "to_push" / "main", "main")
+    pusher.pending[1][2].result()
+    assert [path.name for path in trainer.unpushed(tmp_path)] == ["one"]  # while the run goes on
     pusher.finish()
     said = capsys.readouterr().out
     assert said.count("no answer for") == 1 and said.endswith(f"{tmp_path}/to_push/one . --revision one\n")
@@ -644,8 +660,65 @@ def failure(corpus, tmp_path, *more, processes=1, env=None) -> str:
     return said[0]
 
 
-def test_no_data_says_which_command_brings_some(tmp_path):
-    assert "python data/download_fineweb_edu.py" in failure(tmp_path / "nothing", tmp_path, processes=2)
+def test_no_data_says_which_command_brings_some(tmp_path, monkeypatch):
+    said = failure(tmp_path / "nothing", tmp_path, processes=2)
+    script, *arguments = re.search(r"`python (data/download_fineweb_edu.py .+?)`", said)[1].split()
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.setattr(download_fineweb_edu, "list_shards", lambda *_: sys.exit("the flags are right"))
+    with pytest.raises(SystemExit, match="the flags are right"):
+        download_fineweb_edu.main()
+
+
+@pytest.mark.parametrize("seed", (-1, 2**24))
+def test_a_seed_that_cannot_be_is_refused(corpus, tmp_path, seed, capsys):
+    with pytest.raises(SystemExit):
+        main(flags(corpus, tmp_path, "seed", f"--train.seed {seed}"))
+    assert "--train.seed" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_with(corpus, finished, tmp_path):
+    before = story_of(finished)
+    step = finished / "checkpoints" / "step-000010"
+    with pytest.raises(InputError, match=f"step-000010 is of the run {finished.name}, not of branch"):
+        main(flags(corpus, finished.parent, "branch", "--train.resume", step))
+    assert story_of(finished) == before and not (finished.parent / "branch").exists()
+
+
+def story_of(run: Path) -> dict[str, int]:
+    return {path.relative_to(run).as_posix(): path.stat().st_size for path in run.rglob("*")}
+
+
+def test_settings_that_a_resumed_run_changes_are_logged(corpus, tmp_path):
+    main(flags(corpus, tmp_path, "run", "--train.steps 4 --train.save_every 2"))
+    (tmp_path / "run" / "checkpoints" / "step-000004").rename(tmp_path / "aside")
+    step = tmp_path / "run" / "checkpoints" / "step-000002"
+    main(
+        flags(corpus, tmp_path, "run", "--train.steps 5 --train.save_every 2 --train.muon_lr 0.01 --train.resume", step)
+    )
+    said = read_log(tmp_path / "run").sections["resumed"].splitlines()
+    assert said == ["step-000002", "train.steps: 5, before: 4", "train.muon_lr: 0.01, before: 0.03"]
+
+
+def test_a_test_set_that_is_damaged_costs_no_model(tmp_path):
+    data = write_documents(
+        tmp_path / "data", {"train": [sentences(1, 300)], "valid": [sentences(3, 60)], "test": [sentences(4, 40)]}
+    )
+    shard = data / "test_test_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\x07\x00")
+    with pytest.raises(InputError, match="test_test_000000.bin"):
+        main(flags(data, tmp_path, "run", "--train.steps 2 --train.save_every 0"))
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_a_row_that_is_mostly_padding_is_not_masked_whole(tmp_path):
+    """As the last row of each epoch may be."""
+    assert mask_count(0.3, 8192) == mask_count(0.3, 8192, 5000) == 2464 and mask_count(0.3, 8192, 2000) == 608
+    data = write_documents(tmp_path / "data", {"train": [sentences(1, 4)], "valid": [sentences(3, 60)]})
+    text = count_text(read_manifest(data))[0]
+    assert 100 < text < 500
+    main(flags(data, tmp_path, "run", "--train.row_tokens 1024 --train.batch_tokens 1024 --train.steps 4"))
+    work = read_log(tmp_path / "run").named("result", "work")
+    assert work["text"] == 4 * text and 0.2 < work["masked"] / work["text"] < 0.45
 
 
 @pytest.mark.parametrize(
@@ -820,9 +893,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(corpu
     with pytest.raises(InputError, match=r"the loss of step \d+ is (nan|inf), .*rows \["):
         main(flags(corpus, tmp_path, "hot", hot, 0, "--train.save_every 0"))
     # Weights that a step has spoilt, found at a validation and at a checkpoint, before the next step's loss tells
-    with pytest.raises(InputError, match=r"the validation loss after step \d+ is nan: no checkpoint"):
+    with pytest.raises(InputError, match=r"the validation loss after step \d+ is nan, and nothing was saved"):
         main(flags(corpus, tmp_path, "judged", hot, 1, "--train.save_every 0"))
-    with pytest.raises(InputError, match=r"the weights after step \d+ are not finite"):
+    with pytest.raises(InputError, match=r"the weights after step \d+ are not finite: .* go on from .*step-00000\d"):
         main(flags(corpus, tmp_path, "saved", hot, 0, "--train.save_every 1"))
     weights = [load_file(path) for path in tmp_path.glob("saved/checkpoints/*/model.safetensors")]
     assert weights and all(torch.isfinite(tensor).all() for named in weights for tensor in named.values())

@@ -38,13 +38,14 @@ from trainer import (
     Process,
     Run,
     TrainConfig,
-    join_processes,
     lr_factor,
     make_parser,
     mask_rate,
     model_config,
     parse_flags,
+    run_program,
     save_model,
+    train_to_the_end,
     why_eager,
 )
 
@@ -201,15 +202,22 @@ class BaselineRun(Run):
 
     def __init__(self, process: Process, settings: dict, argv: list[str], code: dict[str, str]):
         self.lr, self.shape, train = settings["lr"], settings["shape"], settings["train"]
+        if train["objective"] != "mlm":
+            raise InputError("the baseline finds masked words: leave out --train.objective")
         if process.world_size > 1:
             raise InputError("the baseline runs in one process: start it with python, not with torchrun")
-        row_tokens = train["row_tokens"] or 8192
+        row_tokens, longest = train["row_tokens"] or 8192, settings["data"]["max_length"]
+        if self.shape == "concatenated" and row_tokens % longest:
+            raise InputError(
+                f"--train.row_tokens {row_tokens} is not a multiple of --data.max_length {longest}, the lines that "
+                f"rows are cut into: use {max(1, row_tokens // longest) * longest}"
+            )
         train |= {"row_tokens": row_tokens, "batch_tokens": row_tokens, "grad_accum": None}  # a step is a row
         train["run_name"] = train["run_name"] or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_modernbert"
         super().__init__(process, settings, argv, code)
 
-    def what_it_is(self) -> dict:
-        return {**super().what_it_is(), "objective": "modernbert", "lr": self.lr, "shape": self.shape}
+    def identity_of_run(self) -> dict:
+        return {**super().identity_of_run(), "objective": "modernbert", "lr": self.lr, "shape": self.shape}
 
     def resolved(self) -> dict:
         return {**super().resolved(), "lr": self.lr, "shape": self.shape}
@@ -234,15 +242,17 @@ class BaselineRun(Run):
         row = next(self.rows)
         self.data_wait += time.perf_counter() - waiting
         factor = lr_factor(progress, self.train)
-        masks = mask_count(mask_rate(progress, self.train), self.row_tokens)
+        text = row.round_text[0]
+        masks = mask_count(mask_rate(progress, self.train), self.row_tokens, text)
         loss = self.reference.step(row, masks, factor)
         self.step += 1
         self.loader_state = row.state
         self.check_finite(loss.item(), f"the loss of step {self.step}")
-        lengths = row.round_lengths
+        lengths, shown = row.round_lengths, self.work.text + text
         if self.shape == "concatenated":
             lengths = np.full(self.row_tokens // self.data.max_length, self.data.max_length)
-        self.work.add(lengths, min(masks, row.round_text[0]), self.config.local_attention_window)
+        self.work.add(lengths, min(masks, text), self.config.local_attention_window)
+        self.work.text = shown  # its lines hold the marks of documents
         metrics = {"lr": self.lr * factor, "mask_rate": masks / self.row_tokens, "rows": [row.index]}
         self.unread.append((self.step, loss[None], metrics))
 
@@ -269,16 +279,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=5e-4, help="AdamW's learning rate [5e-4]")
     parser.add_argument("--shape", choices=shapes, default="concatenated", help="batches it trains on [concatenated]")
     settings, _ = parse_flags(parser, argv, {"preset": presets})
-    with join_processes(settings["train"]["device"]) as process:
-        run = BaselineRun(process, settings, ["records/baseline/modernbert.py", *argv], code)
-        finished = run.train_loop()
-        if finished:
-            run.finish()
-    run.report(finished)
+    train_to_the_end(BaselineRun, settings, ["records/baseline/modernbert.py", *argv], code)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_program(main, "--train.resume auto")
