@@ -72,6 +72,7 @@ from trainer import (
     make_parser,
     parse_flags,
     read_settings,
+    run_program,
     save_folder,
     save_model,
     why_eager,
@@ -278,7 +279,8 @@ def open_base(name: str, max_length: int | None, trusted: bool = False) -> Base:
         ) from error
     if not tokenizer.is_fast:
         raise InputError(f"the tokenizer of {name} has no tokenizer.json: save it as a fast tokenizer first")
-    limit = config.get("max_position_embeddings") or 512
+    # RoBERTa's positions start at 2, which its tokenizer knows
+    limit = min(config.get("max_position_embeddings") or 512, tokenizer.model_max_length)
     tokenizer.model_max_length = min(max_length or 512, limit)
     return Base(name, kbert, config, tokenizer, tokenizer.model_max_length, trusted)
 
@@ -682,15 +684,16 @@ class Training:
 
     def run(self) -> tuple[dict, dict]:
         """Returns what is said of the run, with metrics of every labelled split, and the predictions on these."""
-        train, eval_every = self.train, max(1, self.per_epoch // self.train.evals_per_epoch)
+        train, evals = self.train, self.train.evals_per_epoch
         for step in range(1, self.steps + 1):
             self.clock.start()
             self.train_step(step)
             last = step == self.steps
             if step % train.log_every == 0 or last:
                 self.write_loss(step)
+            due = step * evals // self.per_epoch > (step - 1) * evals // self.per_epoch
             # Without patience the last evaluation is that of every labelled split, below
-            if step % eval_every == 0 and not last or last and train.patience is not None:
+            if due and not last or last and train.patience is not None:
                 self.clock.stop()
                 metrics, _ = evaluate(self.net, self.data, [self.data.dev], self.process)
                 if not self.goes_on(step, dev_score(metrics, self.data)):
@@ -1229,6 +1232,8 @@ class Finetuner:
         for task in GLUE:
             from_mnli = task in self.protocol.from_mnli and "mnli" in reports
             base = self.open_base(str(self.folder / "mnli" / "model")) if from_mnli else self.base
+            if task in self.protocol.from_mnli and not from_mnli and self.log:
+                self.log.write(f"note: {task} starts from {self.base_name}: there is no MNLI model here")
             try:
                 finished = self.finished(task)
                 branch = task if self.hub else None
@@ -1295,7 +1300,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_program(main, "--train.resume")

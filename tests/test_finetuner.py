@@ -947,6 +947,22 @@ def test_glue_runs_what_is_there_and_hands_mnli_over(base, tmp_path, capsys):
         finetuner.mnli_model(tmp_path, "somebody/else")
 
 
+def test_glue_without_mnli_says_what_starts_elsewhere(base, tmp_path, capsys):
+    rte = ("sentence1", "sentence2")
+    write_jsonl(tmp_path / "glue" / "rte", train=pairs_of(*rte, 16, 2, 1), validation=pairs_of(*rte, 8, 2, 2))
+    few = {"protocol": "modernbert", "train_lr": 1e-4, "train_weight_decay": 0, "train_epochs": 1}
+    run = go(base, tmp_path, "glue", data_dataset=tmp_path / "glue", **few)
+    assert f"note: rte starts from {base}: there is no MNLI model here" in (run / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("steps, evaluations, at", [(7, 4, [2, 4, 6, 7]), (11, 2, [6, 11]), (3, 8, [1, 2, 3])])
+def test_as_many_evaluations_in_an_epoch_as_asked_for(base, films, tmp_path, steps, evaluations, at):
+    few = {"data_dataset": films, "data_max_train_examples": 4 * steps, "train_batch_size": 4, "train_epochs": 2}
+    run = go(base, tmp_path, **few, train_patience=99, train_evals_per_epoch=evaluations)
+    found = [line.step for line in read_log(run).lines if line.dev_score is not None]
+    assert found == at + [steps + step for step in at]
+
+
 def test_resumed_glue_pushes_also_what_was_finished(base, tmp_path, monkeypatch):
     rte, pushed = ("sentence1", "sentence2"), []
     write_jsonl(tmp_path / "glue" / "rte", train=pairs_of(*rte, 16, 2, 1), validation=pairs_of(*rte, 8, 2, 2))
