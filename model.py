@@ -330,19 +330,19 @@ class KBERTModel(KBERTPreTrainedModel):
         """One row without padding: input_ids, document_ids (ascending), positions [T] -> hidden states [T, d].
 
         T is a multiple of 128, and no document but padding is longer than max_seqlen.
-        window: tokens that local layers see to each side, half of local_attention_window when None.
+        window: tokens that local layers see, half of them to each side; local_attention_window when None.
         slots: pack_slots(document_ids, max_seqlen), which a compiled model without FlexAttention has to be given.
         wanted [N]: return the states at these positions alone, [N, d]; the last layer then computes no others.
         """
-        window = self.config.local_attention_window // 2 if window is None else window
+        reach = (self.config.local_attention_window if window is None else window) // 2
         # FlexAttention run eagerly would write out all T x T scores.
         if self.attention_backend == "flex" and torch.compiler.is_compiling():
-            local_mask, global_mask = flex_mask(document_ids, window), flex_mask(document_ids, None)
+            local_mask, global_mask = flex_mask(document_ids, reach), flex_mask(document_ids, None)
         else:
             slots = pack_slots(document_ids, max_seqlen) if slots is None else slots
             global_mask = slot_tiles(document_ids, slots)
             # Where local layers see whole documents, slots of these waste less than tiles
-            local_mask = local_tiles(document_ids, window) if window < max_seqlen - 1 else global_mask
+            local_mask = local_tiles(document_ids, reach) if reach < max_seqlen - 1 else global_mask
         return self.run_blocks(self.embed(input_ids)[None], positions, local_mask, global_mask, wanted)[0]
 
     def run_blocks(self, x: Tensor, positions: Tensor, local_mask, global_mask, wanted: Tensor | None = None) -> Tensor:
@@ -391,10 +391,10 @@ class KBERTModel(KBERTPreTrainedModel):
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # [B, S, d]
         dtype = self.compute_dtype or x.dtype
         keep = None if attention_mask is None else attention_mask.bool()
-        token, window = torch.arange(S, device=x.device), self.config.local_attention_window // 2
+        token, reach = torch.arange(S, device=x.device), self.config.local_attention_window // 2
         local_mask = global_mask = None if keep is None else additive_mask(keep[:, None], dtype)  # [B, 1, 1, S]
-        if torch.compiler.is_compiling() or S > window + 1:  # an exported program takes every length
-            near = ((token[:, None] - token).abs() <= window)[None]  # [1, S, S]
+        if torch.compiler.is_compiling() or S > reach + 1:  # an exported program takes every length
+            near = ((token[:, None] - token).abs() <= reach)[None]  # [1, S, S]
             local_mask = additive_mask(near if keep is None else near & keep[:, None], dtype)  # [B, 1, S, S]
         x = self.run_blocks(x, token if position_ids is None else position_ids, local_mask, global_mask)
         return outputs.BaseModelOutput(last_hidden_state=x if keep is None else x * keep[..., None])
@@ -496,7 +496,10 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
         return x * soft_cap(x, self.config.logit_softcap)
 
     def loss(self, input_ids, document_ids, positions, masked, targets, max_seqlen, window=None, slots=None) -> Tensor:
-        """Summed cross-entropy of a row at its masked positions [N], which alone reach the vocabulary."""
+        """Summed cross-entropy of a row at its masked positions [N], which alone reach the vocabulary.
+
+        The row as KBERTModel.encode takes it; targets [N]: the words there, -100 for none.
+        """
         hidden = self.encoder.encode(input_ids, document_ids, positions, max_seqlen, window, slots, masked)  # [N, d]
         return self.head_loss(hidden, targets)
 
@@ -558,8 +561,8 @@ class KBERTForReplacedTokenDetection(KBERTPreTrainedModel):
         out = self.encoder(input_ids, attention_mask, return_dict=True, **kwargs)
         logits, loss = self.logits(out.last_hidden_state), None
         if labels is not None:
-            told = labels != -100
-            loss = F.binary_cross_entropy_with_logits(logits[told], labels[told].float())
+            labelled = labels != -100
+            loss = F.binary_cross_entropy_with_logits(logits[labelled], labels[labelled].float())
         return outputs.TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
 
 
@@ -700,8 +703,10 @@ BLOCK = 128  # tokens in a block of FlexAttention, to which a row is padded
 LOCAL_BLOCK = 64  # queries in a tile of local attention
 
 
-def flex_mask(document_ids: Tensor, window: int | None, size: int = BLOCK) -> BlockMask:
+def flex_mask(document_ids: Tensor, reach: int | None, size: int = BLOCK) -> BlockMask:
     """BlockMask of a row in C blocks of `size` tokens, from document boundaries alone: no table exceeds [C, C].
+
+    reach: tokens that a query sees to each side; None: all of its document.
 
     Documents are contiguous, so the keys that a query sees are, and so are the blocks that some, or all, of a block's
     queries see. Seeing is mutual, so each table serves the backward too. A GPU's compiler would take long over a sort.
@@ -710,8 +715,8 @@ def flex_mask(document_ids: Tensor, window: int | None, size: int = BLOCK) -> Bl
     token = torch.arange(T, device=document_ids.device)
     low = torch.searchsorted(document_ids, document_ids, side="left")  # [T] first key of each query
     high = torch.searchsorted(document_ids, document_ids, side="right") - 1  # [T] its last
-    if window is not None:
-        low, high = torch.maximum(low, token - window), torch.minimum(high, token + window)
+    if reach is not None:
+        low, high = torch.maximum(low, token - reach), torch.minimum(high, token + reach)
     low, high = low.view(-1, size), high.view(-1, size)  # [C, size], both ascending
     # [C, 1] each: in first <= block < behind some query sees some key, in full <= block < full_end each sees each.
     first, behind = low[:, :1] // size, high[:, -1:] // size + 1
@@ -727,7 +732,7 @@ def flex_mask(document_ids: Tensor, window: int | None, size: int = BLOCK) -> Bl
 
     def visible(b, h, q, k):
         same = document_ids[q] == document_ids[k]
-        return same if window is None else same & ((q - k).abs() <= window)
+        return same if reach is None else same & ((q - k).abs() <= reach)
 
     return BlockMask((T, T), *tables, *tables, BLOCK_SIZE=(size, size), mask_mod=visible)
 
@@ -772,13 +777,13 @@ def slot_tiles(document_ids: Tensor, slots: Tensor) -> Tiles:
     return Tiles((document[:, :, None] == document[:, None, :])[:, None], to_slots, to_row)
 
 
-def local_tiles(document_ids: Tensor, window: int) -> Tiles:
-    """Local attention: blocks of queries with as many blocks of keys to each side as the window reaches."""
+def local_tiles(document_ids: Tensor, reach: int) -> Tiles:
+    """Local attention, `reach` tokens to each side: blocks of queries with the blocks of keys around them."""
     token = torch.arange(document_ids.size(0), device=document_ids.device).view(-1, LOCAL_BLOCK, 1)
     document = document_ids.view(-1, LOCAL_BLOCK, 1)
-    sides = -(-window // LOCAL_BLOCK)
+    sides = -(-reach // LOCAL_BLOCK)
     around = [Neighbours.apply(x + 1, sides).mT - 1 for x in (document, token)]  # [C, 1, keys]; -1 beyond the row
-    return Tiles(((document == around[0]) & ((token - around[1]).abs() <= window))[:, None])
+    return Tiles(((document == around[0]) & ((token - around[1]).abs() <= reach))[:, None])
 
 
 class Neighbours(torch.autograd.Function):

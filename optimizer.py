@@ -137,6 +137,7 @@ class Group:
         return whole
 
     def load_state_dict(self, whole: dict[str, Tensor]) -> None:
+        """whole: as `state_dict` gives it. KeyError where it is another model's."""
         for key, share in self.state.items():
             rows = whole[f"{self.name}.{key}"][self.rank * self.share : (self.rank + 1) * self.share]
             share.zero_()[: rows.size(0)].copy_(rows)
@@ -149,21 +150,23 @@ class Muon(Group):
         super().__init__(name, parameters, row, rank, world_size, multiplier)
         self.lr, self.weight_decay, self.beta2, self.polar_steps = lr, weight_decay, beta2, polar_steps
         self.scale = max(1.0, row[0] / row[1]) ** 0.5  # a tall matrix may change its output as much as a square one
-        self.inputs = -1 if row[0] >= row[1] else -2  # the second moment is kept along the longer side
+        self.shorter = -1 if row[0] >= row[1] else -2  # the dimension that the second moment is a mean over
         momentum = torch.zeros(self.share, *row, device=parameters[0].device)
-        self.state = {"momentum": momentum, "second_moment": torch.zeros_like(momentum.mean(self.inputs, keepdim=True))}
+        second_moment = torch.zeros_like(momentum.mean(self.shorter, keepdim=True))
+        self.state = {"momentum": momentum, "second_moment": second_moment}
 
     @torch.no_grad()
-    def update(self, momentum: float) -> Tensor:
+    def update(self, step: int, momentum: float) -> Tensor:
+        """self.gradient [share, r, c] -> the update of the same shape, to be scaled by the learning rate."""
         gradient = self.gradient
         self.state["momentum"].lerp_(gradient, 1 - momentum)
         update = gradient.lerp(self.state["momentum"], momentum)
         update = polar_express(update, self.polar_steps, eps=1e-6 * self.multiplier)
-        squares = update.float().square_().sum(self.inputs, keepdim=True)  # of each neuron
-        second_moment = self.state["second_moment"].lerp_(squares / update.size(self.inputs), 1 - self.beta2)
+        squares = update.float().square_().sum(self.shorter, keepdim=True)  # [share, r, 1] or [share, 1, c]
+        second_moment = self.state["second_moment"].lerp_(squares / update.size(self.shorter), 1 - self.beta2)
         # A matrix behind a zero-initialised one has no gradient at step 0, hence the clamps.
         second_moment = second_moment.clamp_min(1e-10)
-        # The matrix keeps its norm: what the normalisation did to it follows from the norms of its neurons.
+        # The matrix keeps its norm: what the normalisation did to it follows from those of its rows or columns.
         before, after = (x.sum((-2, -1), keepdim=True) for x in (squares, squares / second_moment))
         return update * (self.scale * (before / after.clamp_min(1e-20)).sqrt() * second_moment.rsqrt())
 
@@ -185,7 +188,8 @@ class Adam(Group):
         self.state = {"momentum": zeros, "second_moment": zeros.clone()}
 
     @torch.no_grad()
-    def update(self, step: int) -> Tensor:
+    def update(self, step: int, momentum: float) -> Tensor:
+        """As Muon's, of [share]; it has a momentum of its own."""
         for unbias, beta in zip(self.unbias, self.betas):
             unbias.fill_(1 - beta**step)
         momentum, second_moment = self.state["momentum"], self.state["second_moment"]
@@ -248,13 +252,16 @@ class Optimizer:
         return sum(group.share * math.prod(group.row) * (group.world_size - 1) * (4 + 2) for group in self.groups)
 
     def step(self, lr_factor: float, momentum: float) -> None:
-        """One update from the gradients, each rank's part of a loss that is a sum over ranks. Frees the gradients."""
+        """One update from the gradients, each rank's part of a loss that is a sum over ranks. Frees the gradients.
+
+        lr_factor: of each group's learning rate; momentum: Muon's.
+        """
         self.steps += 1
         for group in self.groups:
             group.reduce()
         for group in self.groups:
             group.wait()
-            group.exchange(group.update(momentum if isinstance(group, Muon) else self.steps))
+            group.exchange(group.update(self.steps, momentum))
         for group in self.groups:
             group.wait()
             lr = group.lr * lr_factor
@@ -263,6 +270,7 @@ class Optimizer:
                 p.grad = None
 
     def reset(self) -> None:
+        """To the state before the first step; the parameters stay as they are."""
         self.steps = 0
         for group in self.groups:
             for share in group.state.values():

@@ -240,7 +240,7 @@ def profile_step(arguments, config: KBERTConfig, loader: Loader, process: Proces
 
 
 def ways_to_attend(document_ids: Tensor) -> dict[str, Callable]:
-    """Of q, k, v [1, T, H, D] and a window: name -> function. The first is what the model does."""
+    """Of q, k, v [1, T, H, D] and a reach: name -> function. The first is what the model does."""
     from torch.nn.attention.varlen import varlen_attn
 
     ends = torch.bincount(document_ids).cumsum(0)
@@ -252,15 +252,15 @@ def ways_to_attend(document_ids: Tensor) -> dict[str, Callable]:
     first = torch.searchsorted(document_ids, document_ids, side="left")  # [T] of each token's document
     last = torch.searchsorted(document_ids, document_ids, side="right") - 1
 
-    def flex(q, k, v, window):
-        return attend(q, k, v, flex_mask(document_ids, window), 0.12)
+    def flex(q, k, v, reach):
+        return attend(q, k, v, flex_mask(document_ids, reach), 0.12)
 
     def flex_with(size: int = 128, bounds: bool = False, **kernel_options) -> Callable:
-        def call(q, k, v, window):
-            mask = flex_mask(document_ids, window, size)
+        def call(q, k, v, reach):
+            mask = flex_mask(document_ids, reach, size)
             if bounds:  # two numbers for each query, in place of document ids of both sides
-                low = first if window is None else torch.maximum(first, token - window)
-                high = last if window is None else torch.minimum(last, token + window)
+                low = first if reach is None else torch.maximum(first, token - reach)
+                high = last if reach is None else torch.minimum(last, token + reach)
                 mask.mask_mod = lambda b, h, q, k: (low[q] <= k) & (k <= high[q])
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             return flex_attention(q, k, v, block_mask=mask, scale=0.12, kernel_options=kernel_options).transpose(1, 2)
@@ -268,8 +268,8 @@ def ways_to_attend(document_ids: Tensor) -> dict[str, Callable]:
         return call
 
     def varlen_with(cu_seqlens: Tensor) -> Callable:
-        def call(q, k, v, window):
-            sides = (-1, -1) if window is None else (window, window)
+        def call(q, k, v, reach):
+            sides = (-1, -1) if reach is None else (reach, reach)
             limits = (cu_seqlens, cu_seqlens, longest, longest)
             return varlen_attn(q[0], k[0], v[0], *limits, scale=0.12, window_size=sides)[None]
 
@@ -299,28 +299,28 @@ def compare_attention(config: KBERTConfig, loader: Loader, process: Process) -> 
     style = {"device": process.device, "dtype": torch.bfloat16, "requires_grad": True}
     q, k, v = (torch.randn(size, **style) for _ in range(3))
     result = {}
-    for window in (config.local_attention_window // 2, None):
-        times = time_ways(ways_to_attend(row.document_ids), q, k, v, window)
+    for reach in (config.local_attention_window // 2, None):
+        times = time_ways(ways_to_attend(row.document_ids), q, k, v, reach)
         for name, spent in times.items():
-            print(f"window {window}: {name} {spent:.2f} ms ({spent / times['flex']:.2f} of flex's)")
-        result["global" if window is None else "local"] = {name: round(value, 3) for name, value in times.items()}
+            print(f"reach {reach}: {name} {spent:.2f} ms ({spent / times['flex']:.2f} of flex's)")
+        result["global" if reach is None else "local"] = {name: round(value, 3) for name, value in times.items()}
     return {"attention_ms": result}
 
 
-def time_ways(ways: dict[str, Callable], q: Tensor, k: Tensor, v: Tensor, window: int | None) -> dict[str, float]:
+def time_ways(ways: dict[str, Callable], q: Tensor, k: Tensor, v: Tensor, reach: int | None) -> dict[str, float]:
     """Median milliseconds of forward and backward, in turn; a way that cannot run here is left out, with its reason."""
-    expected, seconds = ways["flex"](q, k, v, window).detach(), {name: [] for name in ways}
+    expected, seconds = ways["flex"](q, k, v, reach).detach(), {name: [] for name in ways}
     for turn in range(23):
         for name in list(seconds):
             torch.cuda.synchronize()
             start = time.perf_counter()
             try:
-                out = ways[name](q, k, v, window)
+                out = ways[name](q, k, v, reach)
                 out.sum().backward()
                 if turn < 3 and not (apart := float((out.detach() - expected).norm() / expected.norm())) <= 0.01:
                     raise InputError(f"differs from flex by {apart:.3f}")
             except Exception as error:  # a backend that is not installed, a GPU that it does not know
-                print(f"window {window}: {name} is left out ({type(error).__name__}: {first_line(error)[:100]})")
+                print(f"reach {reach}: {name} is left out ({type(error).__name__}: {first_line(error)[:100]})")
                 del seconds[name]
                 continue
             torch.cuda.synchronize()
