@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -49,7 +51,7 @@ class Machine:
     @property
     def flags(self) -> str:
         """For this script, started again."""
-        return f"--out {self.out}" + " --small" * self.small
+        return f"--out {shlex.quote(str(self.out))}" + " --small" * self.small
 
     @property
     def data(self) -> Path:
@@ -58,7 +60,7 @@ class Machine:
     def run(self, name: str, command: str, processes: int = 1, timeout: float = 480) -> subprocess.CompletedProcess:
         """command: a script of the repository and its arguments. Its output goes to NAME.txt."""
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        whole = [sys.executable, *(launcher if processes > 1 else []), *command.split()]
+        whole = [sys.executable, *(launcher if processes > 1 else []), *shlex.split(command)]
         process = subprocess.Popen(whole, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
             output, errors = process.communicate(timeout=timeout)
@@ -70,19 +72,20 @@ class Machine:
         finally:
             process.kill()
         done = subprocess.CompletedProcess(whole, code, output, errors)
-        said = f"$ {' '.join(whole[1:])}\n{done.stdout}\n{done.stderr}"
+        said = f"$ {shlex.join(whole[1:])}\n{done.stdout}\n{done.stderr}"
         (self.out / f"{name}.txt").write_text(said, encoding="utf-8")
         return done
 
     def train(self, name: str, preset: str, more: str, processes: int = 1) -> subprocess.CompletedProcess:
         shape = TINY if self.small else "--data.max_length 1024"
-        settings = f"--preset {preset} --data.dir {self.data} {shape} --data.valid_tokens 20000 --train.valid_every 0"
+        data = shlex.quote(str(self.data))
+        settings = f"--preset {preset} --data.dir {data} {shape} --data.valid_tokens 20000 --train.valid_every 0"
         return self.run(f"{name}_output", f"trainer.py {settings} {self.fresh(name)} {more}", processes)
 
     def fresh(self, name: str) -> str:
         """Flags of a run, for which what an earlier hour left makes room."""
         shutil.rmtree(self.out / name, ignore_errors=True)
-        return f"--train.out {self.out} --train.run_name {name}"
+        return f"--train.out {shlex.quote(str(self.out))} --train.run_name {name}"
 
 
 Check = tuple[str, str, str]  # what, "ok", "FAILED" or "skipped", and the figure or the reason
@@ -91,7 +94,8 @@ Check = tuple[str, str, str]  # what, "ok", "FAILED" or "skipped", and the figur
 def verdict(what: str, done: subprocess.CompletedProcess, figure: str = "") -> Check:
     last = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
     if done.returncode:
-        return what, "FAILED", f"exit code {done.returncode}: {last}"
+        wrong = [line for line in done.stderr.splitlines() if re.search(r"error: |Error\b", line)]
+        return what, "FAILED", f"exit code {done.returncode}: {wrong[0].strip() if wrong else last}"
     return what, "ok", figure or last
 
 
@@ -165,11 +169,12 @@ def ranks(machine: Machine) -> Iterator[Check]:
 
 def interruption(machine: Machine) -> Iterator[Check]:
     shape = TINY if machine.small else "--data.max_length 1024"
-    command = f"trainer.py --preset base {shape} --data.dir {machine.data} --data.valid_tokens 20000 --train.steps 60"
+    data = shlex.quote(str(machine.data))
+    command = f"trainer.py --preset base {shape} --data.dir {data} --data.valid_tokens 20000 --train.steps 60"
     command += f" --train.grad_accum 1 --train.log_every 5 --train.valid_every 0 {machine.fresh('interrupted')}"
     log = machine.out / "interrupted" / "log.txt"
     with open(machine.out / "interrupted.txt", "w") as output:
-        process = subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, stdout=output, stderr=output)
+        process = subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT, stdout=output, stderr=output)
         deadline = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < deadline:
             if log.exists() and "step:10/" in log.read_text(errors="ignore"):
@@ -195,7 +200,8 @@ def kernels(machine: Machine) -> Iterator[Check]:
         if mode == "--attention" and not machine.gpus:
             yield "attention", "skipped", "FlexAttention has no backward on a CPU"
             continue
-        done = machine.run(mode[2:], f"tests/benchmark.py --data {machine.data} {shape} {mode} --json")
+        data = shlex.quote(str(machine.data))
+        done = machine.run(mode[2:], f"tests/benchmark.py --data {data} {shape} {mode} --json")
         yield verdict(mode[2:], done)
 
 
@@ -224,7 +230,8 @@ def rate(run: Path, processes: int) -> str:
 def training(machine: Machine) -> Iterator[Check]:
     """A run whose log is kept."""
     if machine.small:
-        settings = f"{TINY} --data.dir {machine.data} --train.batch_tokens 2048 --data.valid_tokens 20000"
+        data = shlex.quote(str(machine.data))
+        settings = f"{TINY} --data.dir {data} --train.batch_tokens 2048 --data.valid_tokens 20000"
     else:
         step = 8192 * machine.gpus * max(1, 8 // machine.gpus)  # 65,536 tokens, where so many GPUs share them evenly
         settings = f"--model.num_hidden_layers 7 --train.batch_tokens {step} --train.row_tokens none"
