@@ -94,7 +94,7 @@ Check = tuple[str, str, str]  # what, "ok", "FAILED" or "skipped", and the figur
 def verdict(what: str, done: subprocess.CompletedProcess, figure: str = "") -> Check:
     last = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
     if done.returncode:
-        wrong = [line for line in done.stderr.splitlines() if re.search(r"error: |Error\b", line)]
+        wrong = [line for line in done.stderr.splitlines() if re.search(r"error: |\w+Error: ", line)]
         return what, "FAILED", f"exit code {done.returncode}: {wrong[0].strip() if wrong else last}"
     return what, "ok", figure or last
 
