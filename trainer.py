@@ -665,10 +665,11 @@ class HubPusher:
         target = {"repo_id": self.name, "revision": revision, "commit_message": f"KBERT {revision}"}
         if revision != "main":
             self.api.create_branch(self.name, branch=revision, exist_ok=True)
-        if folder.parent.name != TO_PUSH:
-            self.api.upload_folder(folder_path=folder, **target)
-        elif folder.exists():  # else it went along already: a resumed run may push a folder twice
-            self.api.upload_folder(folder_path=folder, **target)
+        waits = folder.parent.name == TO_PUSH
+        if waits and not folder.exists():  # it went already: a resumed run may push a folder twice
+            return
+        self.api.upload_folder(folder_path=folder, **target)
+        if waits:
             shutil.rmtree(folder, ignore_errors=True)
 
     def finish(self) -> None:
@@ -1098,7 +1099,7 @@ class Run:
         return seconds, stopped
 
     def train_until(self, signals: list[int]) -> bool:
-        """signals: signals to stop."""
+        """signals: those that ask the run to stop, as they come."""
         train = self.train
         self.rows, self.data_wait, self.unread, self.agree_every = iter(self.loader), 0.0, [], 1
         while True:
@@ -1306,7 +1307,7 @@ class Run:
         """The model in Hugging Face form, then what may still fail: test loss and result."""
         self.process.on_main(self.write_models)
         tests = [entry for entry in self.manifest["shards"].values() if entry["split"] == "test"]
-        text = sum(entry["tokens"] - 2 * entry["documents"] for entry in tests)
+        text = sum(entry["tokens"] - 2 * entry.get("documents", 0) for entry in tests)
         has_test = text >= 200  # of a few tokens, none may be masked
         self.test_loss = self.validate(self.validation_loader("test", self.process))["val_loss"] if has_test else None
         self.process.on_main(self.write_result)
