@@ -87,9 +87,9 @@ def compile_each_shape(function: Callable) -> Callable:
 
 
 def compile_rows(function: Callable, encoder: KBERTModel, compiled: bool) -> Callable:
-    """function(input_ids, document_ids, positions, ..., max_seqlen, window, slots), run by `encoder`, to be called without slots.
+    """function(input_ids, document_ids, positions, ..., max_seqlen, window, slots), run by `encoder`.
 
-    There is a graph for each window, whatever the number of masks.
+    To be called without slots. There is a graph for each window, whatever the number of masks.
     """
     if not compiled:
         return function
