@@ -45,7 +45,7 @@ from transformers.utils import ModelOutput
 
 from data.blimp import Pairs
 from data.examples import MissingData, Split
-from data.tasks import GLUE, TASKS, Data, Kind, read_data
+from data.tasks import GLUE, HELD_OUT, TASKS, Data, Kind, read_data
 from dataloading import InputError, first_line, read_json, sha256_of, to_device
 from model import (
     KBERTConfig,
@@ -1066,13 +1066,13 @@ def glue_scores(results: dict[str, dict]) -> dict[str, float | None]:
     """{task: {split: {metric: spread}}} -> columns of the row in percent, and averages for each way of counting.
 
     MNLI counts as one task (the mean of its parts) or as two; QQP and MRPC by accuracy or by F1; STS-B by Spearman.
+    Where data of one's own has no validation split, a labelled test split comes before a part of train.
     """
     scores: dict[str, float | None] = {}
     for column, task, split, metric in ROW:
         splits = results.get(task, {})
-        named = splits.get(split)
-        if named is None and task != "mnli":  # data of one's own may hold a labelled test split instead
-            named = next((splits[name] for name in splits if name.startswith("test")), None)
+        others = [*(name for name in splits if name.startswith("test")), HELD_OUT] if task != "mnli" else ()
+        named = next((splits[name] for name in (split, *others) if name in splits), None)
         scores[column] = 100 * named[metric]["median"] if named else None
 
     def values(*columns: str) -> list[float]:

@@ -513,6 +513,9 @@ def has_fractions(tables: dict, column: str) -> bool:
     return any(isinstance(label, float) for label in labels)
 
 
+HELD_OUT = "validation_held_out"  # the split that is made where there is none to choose by
+
+
 def lacks_validation(splits: Iterable[str], validation: str | None) -> bool:
     return not any(split.startswith("validation") or split == validation for split in splits)
 
@@ -545,7 +548,7 @@ def hold_out(tables: dict, validation: str | None, classes: str | None) -> list[
         dev = dev.select([row for row in range(len(dev)) if row not in rare]) if rare else dev
     if not len(dev):
         raise InputError("train has a row of each class, and none can be held out to choose by: write more")
-    tables |= {"train": train, "validation": dev}
+    tables |= {"train": train, HELD_OUT: dev}
     return [f"no validation split: {len(dev)} rows of train are held out for it"]
 
 
@@ -555,7 +558,7 @@ def hold_out_packed(splits: dict[str, Split], validation: str | None) -> list[st
         return []
     train = splits["train"]
     count, order = held_out(train.examples), np.random.default_rng(0).permutation(train.examples)
-    splits |= {"train": train.only(np.sort(order[count:])), "validation": train.only(np.sort(order[:count]))}
+    splits |= {"train": train.only(np.sort(order[count:])), HELD_OUT: train.only(np.sort(order[:count]))}
     return [f"no validation split: {count} examples of train are held out for it"]
 
 

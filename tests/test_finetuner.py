@@ -35,7 +35,7 @@ import trainer
 from conftest import ROOT, TOKEN, as_flags, run_python, telling
 from data.examples import Split, cut_longest_first, encode_texts, number_classes, read_labels
 from data.squad import N_BEST, Windows, answer_scores, best_answers, candidates, encode_questions, null_threshold
-from data.tasks import GLUE, TASKS, Classes, Kind, Span, read_data, score
+from data.tasks import GLUE, HELD_OUT, TASKS, Classes, Kind, Span, read_data, score
 from dataloading import LABEL_END, NO_LABEL, InputError, sha256_of, write_manifest, write_shard
 from finetuner import PROTOCOLS, DataConfig, FinetuneConfig, Network, choose_rates, grid_of
 from hub_stand_in import Hub
@@ -356,7 +356,7 @@ def test_a_grid_lists_what_differs_the_best_first():
 def test_glue_averages():
     medians = {
         "mnli": {"validation_matched": {"accuracy": 0.8}, "validation_mismatched": {"accuracy": 0.9}},
-        "mrpc": {"test_labelled": {"accuracy": 0.7, "f1": 0.8}},
+        "mrpc": {HELD_OUT: {"accuracy": 0.5, "f1": 0.5}, "test_labelled": {"accuracy": 0.7, "f1": 0.8}},
         "stsb": {"validation": {"pearson": 0.1, "spearman": 0.6}},
     }
     scores = finetuner.glue_scores({task: finetuner.spread_metrics([splits]) for task, splits in medians.items()})
@@ -578,8 +578,8 @@ def test_packed_classes_are_the_tasks_and_shards_add_up(tokenizer, tmp_path):
     manifest["source"]["labels"] = ["contradiction", "entailment", "neutral"]  # by the alphabet, as pack_mnli.py does
     write_manifest(folder, manifest)
     data = read_data("mnli", tokenizer, 64, DataConfig(dataset=str(folder)))
-    labels = np.concatenate([data.splits[split].labels for split in ("train", "validation")])
-    assert len(labels) == 60 and data.splits["validation"].examples == 6 and "held out" in data.notes[0]
+    labels = np.concatenate([data.splits[split].labels for split in ("train", HELD_OUT)])
+    assert len(labels) == 60 and data.splits[HELD_OUT].examples == 6 and "held out" in data.notes[0]
     assert np.bincount(labels).tolist() == [20, 20, 20]
     for split in data.splits.values():
         assert split.labels.tolist() == [(2, 0, 1)[place % 3] for place in split.idx]
@@ -603,9 +603,9 @@ def test_a_fraction_makes_a_regression_and_a_tenth_of_train_is_held_out(base, tm
     run = go(base, tmp_path, **stars(tmp_path / "stars.csv", [i % 2 + 0.5 for i in range(60)]))
     report = report_of(run)
     sizes = {name: split["examples"] for name, split in report["splits"].items()}
-    assert report["kind"] == "number" and sizes == {"train": 54, "validation": 6}
+    assert report["kind"] == "number" and sizes == {"train": 54, HELD_OUT: 6}
     assert "held out" in report["notes"][0]
-    assert set(report["results"]["pretrained"]["validation"]) == {"pearson", "spearman"}
+    assert set(report["results"]["pretrained"][HELD_OUT]) == {"pearson", "spearman"}
     model = AutoModelForSequenceClassification.from_pretrained(run / "model", trust_remote_code=True)
     assert model.config.num_labels == 1
 
@@ -635,7 +635,7 @@ def test_what_is_held_out_keeps_its_place_and_leaves_every_class(base, tokenizer
         rows[place]["label"] = f"rare {place}"
     folder = write_jsonl(tmp_path / "rare", train=rows)
     data = read_data("custom", tokenizer, 64, DataConfig(dataset=folder))
-    train, dev = data.splits["train"], data.splits["validation"]
+    train, dev = data.splits["train"], data.splits[HELD_OUT]
     assert len(data.kind.classes) == 6 and set(train.labels) == set(range(6)) and len(dev.ends) > 1
     for split in (train, dev):
         for label, place in zip(split.labels, split.idx):
@@ -1255,6 +1255,6 @@ def test_real_files_are_read(tokenizer):
     assert mnli.dev == "validation" and len(mnli.splits["validation_matched"].ends) == 9815
     assert mnli.kind.classes[2] == "contradiction"
     mrpc = read("mrpc", "glue")
-    assert mrpc.dev == "validation" and len(mrpc.splits["test_labelled"].ends) == 1725  # a tenth of train is held out
+    assert mrpc.dev == HELD_OUT and len(mrpc.splits["test_labelled"].ends) == 1725  # a tenth of train is held out
     sts = read("stsb", "glue/sts")
     assert sts.kind.name == "number" and sts.splits["train"].labels.max() == 5.0
