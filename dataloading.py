@@ -34,7 +34,7 @@ SPECIAL_TOKENS = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK
 
 
 class InputError(ValueError):
-    """Input that cannot be used. The message is one sentence: what is wrong, where, and the command that mends it."""
+    """Input that cannot be used. The message is one sentence: what is wrong, where, and the command that fixes it."""
 
 
 def usable_cores() -> int:
@@ -189,9 +189,9 @@ def find_windows(tokens: np.ndarray, max_length: int, cls: int, sep: int) -> tup
 
 
 def check_size(path: Path, tokens: np.ndarray) -> None:
-    """Before mapped tokens are read: beyond the end of their file is a bus error, and the process gone.
+    """Call before reading mapped tokens: beyond the end of their file, a bus error kills the process.
 
-    What is cut off, or cannot be read from disk, between this look and the reading still ends so.
+    A file that breaks between this check and the read still kills it.
     """
     size, mapped = path.stat().st_size if path.exists() else 0, HEADER_BYTES + 2 * len(tokens)
     if size < mapped:

@@ -305,7 +305,7 @@ def build_model(base: Base, kind: Kind, seed: int, random: bool = False, pooling
 
 
 def load_pretrained(cls: type, base: Base, config: PretrainedConfig, whole: bool) -> nn.Module:
-    """Raises InputError for an encoder of which a part would be fresh, without a word.
+    """Raises InputError where part of the encoder would silently be random.
 
     whole: the head must be there too.
     """
@@ -683,7 +683,7 @@ class Training:
         self.best_score, self.best_step, self.best_weights, self.waited = -math.inf, self.steps, None, 0
 
     def run(self) -> tuple[dict, dict]:
-        """Returns what is said of the run, with metrics of every labelled split, and the predictions on these."""
+        """Returns the run's summary, with metrics of every labelled split, and the predictions on these."""
         train, evals = self.train, self.train.evals_per_epoch
         for step in range(1, self.steps + 1):
             self.clock.start()
@@ -856,7 +856,7 @@ class TaskRuns:
                 run["start"], run["settings"], run["metrics"], run["score"], run["best_step"], run["steps"]
         except (LookupError, TypeError, ValueError) as error:
             said = f"{type(error).__name__}: {first_line(error)}"
-            raise InputError(f"{record} is damaged ({said}): without it its runs are run again") from error
+            raise InputError(f"{record} is damaged ({said}): delete it to run its runs again") from error
         return runs
 
     def train(self, start: str, cell: FinetuneConfig, settings: dict, label: str) -> None:
@@ -1227,7 +1227,7 @@ class Finetuner:
             self.process.on_main(lambda: self.hub.push(folder / "model", revision))
 
     def finetune_glue(self) -> dict[str, dict]:
-        """Every task of GLUE whose data is there, but those that are finished: task -> report."""
+        """Every GLUE task whose data is there, finished ones not run again: task -> report."""
         reports = {}
         for task in GLUE:
             from_mnli = task in self.protocol.from_mnli and "mnli" in reports

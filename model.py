@@ -5,12 +5,12 @@
 
 Pre-norm blocks of attention (RoPE, QK-norm, value residual) and GeGLU. Every third layer attends to the whole document,
 the others to a sliding window, where their heads start out at a token's neighbours. The MLM head is tied to the
-embedding, its logits are soft-capped. Matrices and embedding are stored divided by weight_multiplier, and what they are
-applied to is multiplied by it instead: so stored they are of the size that AdamW's customary rates are made for.
+embedding, its logits are soft-capped. Matrices and embedding are stored divided by weight_multiplier, and their
+inputs are multiplied by it instead: stored like this, they have the scale that suits AdamW's usual learning rates.
 
-Two ways lead through the same blocks. Training packs: `encode` takes a row of T tokens without padding, which holds
-documents side by side, told apart by `document_ids`. Everybody else pads: the Hugging Face call `forward` takes
-input_ids and attention_mask [B, S]; it has no shape that depends on data, so that it compiles and exports whole.
+There are two ways through the same blocks. Training packs: `encode` takes a row of T tokens without padding, which
+holds documents side by side, told apart by `document_ids`. All other callers pad: Hugging Face's `forward` takes
+input_ids and attention_mask [B, S]; none of its shapes depend on data, so it compiles and exports whole.
 
 Shapes: B texts of S tokens, or one row of T, N masked positions, H heads, D head width, d hidden_size,
 f intermediate_size, V vocabulary, C tiles of a row.
@@ -181,8 +181,8 @@ def neighbour_bias(num_heads: int, head_dim: int, base: float) -> Tensor:
     """Biases of q and k [2, H, D] by which heads start out attending to the tokens at -1, +1, -2, +2, in turn.
 
     Under RoPE, constant q and k add a score that depends on the distance alone (Su 2023, "RoPE + bias"): here 3.5^2
-    times the sum of cos(frequency * (distance - offset)) over the frequencies above 0.1. Without it a model has to find
-    out first that neighbours matter. For local layers only: global ones that begin there do not find their way out.
+    times the sum of cos(frequency * (distance - offset)) over the frequencies above 0.1. Without it a model must first
+    learn that neighbours matter. For local layers only: global ones that start out there get stuck.
     """
     frequency = rotary_frequencies(head_dim, base)  # [D / 2]
     offset = torch.tensor([-1.0, 1.0, -2.0, 2.0]).repeat(-(-num_heads // 4))[:num_heads, None]  # [H, 1]
@@ -531,7 +531,7 @@ class Detector(nn.Linear):
 
 
 class KBERTForReplacedTokenDetection(KBERTPreTrainedModel):
-    """Whether each token is another than the text's own (Clark et al. 2020, "ELECTRA"): then its logit is positive."""
+    """Whether each token was replaced (Clark et al. 2020, "ELECTRA"): then its logit is positive."""
 
     def __init__(self, config: KBERTConfig):
         super().__init__(config)

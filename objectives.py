@@ -114,7 +114,7 @@ def compile_rows(function: Callable, encoder: KBERTModel, compiled: bool) -> Cal
 
 
 class MaskedLM:
-    """Masked words are to be found."""
+    """Predicts masked words."""
 
     flops_counted_by = MASKED_LAST_LAYER
     measures = ("train_loss",)  # what `loss` measures

@@ -9,8 +9,8 @@ A group is one stack of rows: for Muon a row is a matrix [r, c], and all matrice
 same batched products; for Adam a row is a single number. Zeros pad the stack to a multiple of the world size, so any
 number of matrices goes with any number of ranks.
 
-Rates, epsilons and decay are those of weights as they act. A model that stores them divided by a multiplier has them
-move by so much less, and its gradients are so much larger.
+Rates, epsilons and decay refer to the effective weights. Where a model stores them divided by a multiplier, updates
+shrink by that factor, and gradients grow by it.
 
 Bytes that a rank sends in a step, for P parameters on W ranks: (4 + 2) * P * (W - 1) / W, and a little for padding.
 Adam's sums travel while Muon's stacks are built; each group's updates travel while the next group is orthogonalised.

@@ -88,7 +88,7 @@ PolarSteps = restricted_number_type("PolarSteps", int, [(">=", 1), ("<=", len(PO
 class DataConfig:
     dir: str = option("data/fineweb_edu", "folder of shards with their manifest.json and tokenizer/")
     max_length: PositiveInt = option(1024, "tokens in a window, [CLS] and [SEP] included; longer documents are cut")
-    valid_tokens: PositiveInt = option(10_000_000, "tokens of text in the validation set, and at the end in that of test")
+    valid_tokens: PositiveInt = option(10_000_000, "tokens of text in the validation set, and in the final test set")
     verify: bool = option(True, "check each shard against its hash in the manifest when it is first opened")
 
 
@@ -100,7 +100,7 @@ class TrainConfig:
         "mlm", "mlm: find masked words; rtd: tell words that a generator replaced"
     )
     generator_layers: PositiveInt | None = option(None, "layers of rtd's generator; none: half the model's")
-    detection_weight: PositiveFloat = option(50.0, "of the detector's loss, beside the generator's")
+    detection_weight: PositiveFloat = option(50.0, "detector's loss weight; the generator's is 1")
     steps: PositiveInt = option(10_000, "optimizer steps")
     max_minutes: PositiveFloat | None = option(None, "minutes of training time; replaces steps in the schedules")
     epochs: PositiveFloat | None = option(None, "passes over the training text, at most; replaces steps likewise")
@@ -138,14 +138,14 @@ class TrainConfig:
     window_start: PositiveInt | None = option(None, "tokens in the first local window, grown by 64s; none: the model's")
 
     valid_every: NonNegativeInt = option(250, "steps between validations; 0: only at the end")
-    log_every: PositiveInt = option(10, "steps between lines of the log; the GPU is waited for at each")
+    log_every: PositiveInt = option(10, "steps between log lines; each waits for the GPU")
     save_every: NonNegativeInt = option(0, "steps between checkpoints; 0: none but that of an interruption")
     keep_checkpoints: PositiveInt = option(2, "checkpoints that stay on disk")
     save_words: tuple[float, ...] | float | None = option(
         (), "words shown at which to keep, and push, the model: 1e6, or 1e6,2e6, or none"
     )
     resume: str | None = option(None, "a checkpoint's folder, or auto: the newest of run_name or of any unfinished run")
-    start_afresh: bool = option(False, "with resume auto: where every checkpoint of the run is damaged, start it again")
+    start_afresh: bool = option(False, "with resume auto: if every checkpoint of the run is damaged, start it again")
     out: str = option("logs", "folder of runs")
     run_name: str | None = option(None, "folder of this run within out; none: date and time")
     declared_runs: PositiveInt | None = option(
@@ -486,7 +486,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what a step frees: to give it back and fetch it anew, page by page, costs much of a CPU's step."""
+    """Makes glibc keep what a step frees: returning it and faulting it in again costs much of a CPU's step."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
@@ -494,7 +494,7 @@ def keep_freed_memory() -> None:
 
 
 def why_eager(device: torch.device) -> str | None:
-    """What keeps torch.compile from working on this device, and what mends it; None where nothing does."""
+    """What keeps torch.compile from working on this device, and how to fix it; None where nothing does."""
     cuda = device.type == "cuda"
     if cuda and torch.cuda.get_device_capability(device) < (8, 0):
         return "GPUs before Ampere have no bf16, so that all runs in fp32"
@@ -649,7 +649,7 @@ class HubPusher:
             ) from error
 
     def limit(self) -> None:
-        """Of its own, the client waits for an answer for ever."""
+        """By default, the client waits forever for an answer."""
         from huggingface_hub import get_session
 
         get_session().timeout = 60 * self.minutes
@@ -1036,8 +1036,8 @@ class Run:
             print(f"going on from step {self.step}: a later checkpoint is set aside as {path}")
         continues = cut_log(self.folder, self.saved["log"] if self.checkpoint else {})
         if self.checkpoint and not continues:
-            print(f"the log is not as {self.checkpoint} knows it: set aside in {self.folder / 'abandoned'}")
-        # That of the log's head, if it stands: measured twice, it would not be the same
+            print(f"the log does not match {self.checkpoint}: set aside in {self.folder / 'abandoned'}")
+        # As in the log's head, if that is kept: a second measurement would differ
         self.peak = self.saved["peak_flops"] if continues else peak_flops(process.device) * process.world_size
         run = self.wandb and self.wandb.init(project=train.wandb_project, name=self.folder.name, config=self.resolved())
         self.log = RunLog(self.folder, self.steps, self.step, run)
@@ -1106,7 +1106,7 @@ class Run:
         return finished
 
     def agree(self, signals: list[int]) -> tuple[float, float]:
-        """Seconds of training and the signal to stop, alike on all ranks, who talk each step if the clock decides."""
+        """Seconds of training and the stop signal, equal on all ranks, which sync each step if the clock decides."""
         if self.process.world_size > 1 and self.train.max_minutes is None and self.step % self.agree_every:
             return self.clock.now(), 0
         seconds, stopped = self.process.max(self.clock.now(), max(signals, default=0))
@@ -1155,7 +1155,7 @@ class Run:
 
     @property
     def words(self) -> float:
-        """Shown so far, by the words that a token of the train shards has in the mean; 0 where nobody counted them."""
+        """Shown so far, from the train shards' mean words per token; 0 where words were not counted."""
         return self.work.text * (self.words_per_token or 0.0)
 
     def train_step(self, progress: float) -> None:
@@ -1465,7 +1465,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train_to_the_end(run_class: type[Run], settings: dict, argv: list[str], code: dict[str, str]) -> None:
-    """As Run takes them. Ctrl-C, having saved, ends the program with 130."""
+    """Arguments as for Run. Ctrl-C saves, then exits with 130."""
     train = settings["train"]
     with join_processes(train["device"], train["timeout_minutes"]) as process:
         try:
