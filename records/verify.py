@@ -51,7 +51,10 @@ NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 FREE_BETWEEN_MACHINES = (*FREE_BETWEEN_RUNS, "dir", "declared_runs")
 # What reading a value that is missing, or of another kind than a run writes, may raise
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
-FINETUNED_BY = ("protocol", "optimizer", "lr", "weight_decay", "epochs", "batch_size", "lr_schedule", "seeds")
+FINETUNED_BY = (
+    *("protocol", "optimizer", "lr", "weight_decay", "epochs", "batch_size", "lr_schedule", "lr_warmup", "clip"),
+    *("trainable", "pooling", "patience", "max_train_examples", "seeds"),
+)
 
 
 class Race(NamedTuple):

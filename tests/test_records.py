@@ -555,7 +555,7 @@ def mnli_archive(archive, runs, word_tokenizer, tmp_path_factory) -> Path:
     tracks["tiny-mnli"] = tracks["tiny"] | {
         "target": {"metric": "mnli_matched", "value": 1.0},
         "judged_by": {
-            "settings": {"protocol": "default", "epochs": 1.0, "batch_size": 8, "seeds": 3, "lr_schedule": "one_cycle"},
+            "settings": {"epochs": 1.0, "batch_size": 8, "seeds": 3, "lr_schedule": "one_cycle"},
             "lr": {"muon": finetuner.MUON_LR, "adamw": 5e-5},
             "splits": {name: splits[name] for name in ("train", "validation_matched")},
         },
@@ -593,8 +593,7 @@ def test_a_record_by_mnli(by_mnli):
 @pytest.mark.parametrize(
     "section,name,value,message",
     (
-        ("config", "protocol", "sane", "not the track's finetuning, but with protocol sane in place of default"),
-        ("config", "train.epochs", 9.0, "with epochs 9.0 in place of 1.0"),
+        ("config", "train.epochs", 9.0, "not the track's finetuning, but with epochs 9.0 in place of 1.0"),
         ("config", "train.lr_schedule", "cosine", "with lr_schedule cosine in place of one_cycle"),
         ("config", "train.lr", 0.02, "with lr 0.02 in place of 0.01"),
         ("config", "train.optimizer", "adamw", "with lr 0.01 in place of 5e-05"),
@@ -748,7 +747,7 @@ def blimp_archive(archive, counted, word_tokenizer, tmp_path_factory) -> Path:
         "limits": {"epochs": 10, "words": 5000},
         "data": {**fixed, "tokenizer_sha256": data["tokenizer"]},
         "judged_by": {
-            "settings": {"protocol": "default"},
+            "settings": {},
             "splits": {"test": judgement.named("result", "splits", "blimp", "test")},
         },
         "hardware": {},
@@ -809,7 +808,6 @@ def test_not_cheaper(by_blimp):
     "section,name,value,message",
     (
         ("data", "base_sha256", "0" * 64, "started from another model than these runs'"),
-        ("config", "protocol", "sane", "not the track's finetuning, but with protocol sane in place of default"),
         ("result", "splits.blimp.test.examples", 7, "test is {'examples': 7,"),
         ("result", "results.blimp.pretrained.test.accuracy.median", 0.99, "not the median of the runs' last dev_score"),
     ),
@@ -824,7 +822,7 @@ def test_tracks_ask_for_what_their_protocol_does():
         asked = track.get("judged_by", {})
         if "lr" not in asked:
             continue
-        settings = finetuner.read_flags(["--protocol", asked["settings"]["protocol"]])[0]
+        settings = finetuner.read_flags(["--protocol", asked["protocol"]])[0]
         given, protocol = settings["train"] | settings["data"] | settings, finetuner.PROTOCOLS[settings["protocol"]]
         assert {name: given[name] for name in asked["settings"]} == asked["settings"] and not protocol.grid
         train = finetuner.FinetuneConfig(**settings["train"])
