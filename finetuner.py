@@ -237,8 +237,9 @@ class Base:
 
     @property
     def title(self) -> str:
-        """The Hub id, or of logs/RUN/model the run."""
-        return Path(self.name).resolve().parent.name if Path(self.name).exists() else self.name
+        """The Hub id, or the folder's name: of logs/RUN/model the run's."""
+        path = Path(self.name).resolve()
+        return self.name if not path.exists() else path.parent.name if path.name == "model" else path.name
 
 
 def newest_run(out: Path, preset: str) -> Path:
@@ -299,7 +300,7 @@ def build_model(base: Base, kind: Kind, seed: int, random: bool = False, pooling
     else:
         config = AutoConfig.from_pretrained(base.name, trust_remote_code=base.trusted, **settings)
         cls = getattr(transformers, f"AutoModelFor{kind.head}")
-        fresh = partial(cls.from_config, trust_remote_code=base.trusted)
+        fresh = partial(cls.from_config, trust_remote_code=base.trusted, dtype=torch.float32)
     whole = "train" not in kind.required_splits
     return fresh(config) if random else load_pretrained(cls, base, config, whole)
 
@@ -323,6 +324,12 @@ def load_pretrained(cls: type, base: Base, config: PretrainedConfig, whole: bool
             f"{base.name} has no {missing[0]}: it was trained by another model.py; "
             "finetune it with the checkout that trained it"
         )
+    own = {key for key in model.state_dict() if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key}
+    if own and own <= set(loading["missing_keys"]):
+        raise InputError(
+            f"none of the weights of {base.name} has the name of one of {type(model).__name__}'s, such as {min(own)}: "
+            "save it with save_pretrained, not as it was wrapped for training"
+        )
     fresh = [*sorted(loading["missing_keys"]), *(key for key, *_ in loading["mismatched_keys"])]
     if whole and fresh:
         raise InputError(
@@ -344,7 +351,7 @@ def set_trainable(model: nn.Module, trainable: str) -> None:
             f"--train.trainable {trainable}: this encoder's layers are one and the same; use all or classifier"
         )
     encoder.requires_grad_(False)
-    for layer in layers[depth - trained :] if trained else ():
+    for layer in layers[max(0, depth - trained) :] if trained else ():
         layer.requires_grad_(True)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler.requires_grad_(True)
@@ -564,15 +571,20 @@ def score_pairs(net: Network, pairs: Pairs, process: Process) -> list:
     return scores.tolist()
 
 
-def evaluate(net: Network, data: Data, splits: list[str], process: Process) -> tuple[dict, dict]:
-    """{split: metrics} of those with labels, {split: predictions}. The dev split comes first: thresholds follow it."""
+def evaluate(
+    net: Network, data: Data, splits: list[str], process: Process, dev: dict[str, float] | None = None
+) -> tuple[dict, dict]:
+    """{split: metrics} of those with labels, {split: predictions}. The dev split comes first: thresholds follow it.
+
+    dev: its metrics, where it is not among the splits.
+    """
     metrics, predictions = {}, {}
     for name in sorted(splits, key=lambda name: name != data.dev):
         split = data.splits[name]
         # An eager forward, such as a CPU's, gains; another graph would not
         quick = isinstance(split, Pairs) and net.kbert and not net.sizes
         kept = (score_pairs if quick else predict)(net, split, process)
-        found, predictions[name] = net.kind.measure(kept, split, metrics.get(data.dev, {}))
+        found, predictions[name] = net.kind.measure(kept, split, metrics.get(data.dev, dev or {}))
         if found:
             metrics[name] = found
     return metrics, predictions
@@ -704,7 +716,7 @@ class Training:
         score, seconds = dev_score(metrics, self.data), self.clock.seconds
         if train.patience is None:
             self.write_line(step, dev_score=score)
-        said = {"score": score, "best_step": self.best_step, "steps": self.steps, "seconds": seconds}
+        said = {"score": score, "best_step": self.best_step, "steps": step, "seconds": seconds}
         said["examples_per_second"] = step * train.batch_size / max(seconds, 1e-9)
         return {**said, "metrics": metrics}, predictions
 
@@ -916,7 +928,8 @@ class TaskRuns:
         chosen = open_base(str(self.folder / "model"), self.base.max_length, self.base.trusted)
         self.load(build_model(chosen, data.kind, seed=0))
         data.kind.prepare(None)
-        _, predictions = evaluate(self.net, data, unlabelled, self.process)
+        dev = self.best_run("pretrained")["metrics"][data.dev]
+        _, predictions = evaluate(self.net, data, unlabelled, self.process, dev)
         return predictions
 
     # --- the report
@@ -1134,9 +1147,11 @@ def claim_folder(train: FinetuneConfig, settings: dict, task: str) -> Path:
                 f"{folder} is finished or was made with other settings: resume with those, "
                 "or choose another --train.run_name"
             )
-        if same:
-            return folder if taken else max(same, key=lambda path: path.stat().st_mtime)
-        print(f"no unfinished run of these settings under {out}/: starting {folder}")
+        if taken:
+            return folder
+        if same and train.run_name is None:
+            return max(same, key=lambda path: path.stat().st_mtime)
+        print(f"no unfinished run {'of these settings' if train.run_name is None else folder}: starting {folder}")
     elif taken:
         raise InputError(
             f"{folder} holds a run already: choose another --train.run_name, or continue it with --train.resume"
@@ -1268,12 +1283,12 @@ class Finetuner:
         result = {"run": str(self.folder), "finished": True}
         for name in ("splits", "results"):
             result[name] = {task: report[name] for task, report in reports.items()}
+        if self.hub:  # before the result, which says that nothing is left to resume
+            self.hub.finish()
         self.log.close(result)
         self.log.bar.close()
         if any(run["steps"] for report in reports.values() for run in report["runs"]):
             draw_curves(self.folder)
-        if self.hub:
-            self.hub.finish()
 
 
 def read_flags(argv: list[str]) -> tuple[dict, set[str]]:

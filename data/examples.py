@@ -114,9 +114,10 @@ def read_files(path: Path) -> dict:
     for split, paths in files.items():
         if not all(file.stat().st_size for file in paths):
             raise InputError(f"{paths[0]} is empty: write rows to it or take it away")
-        more = {"delimiter": "\t"} if kinds[split] == ".tsv" else {}
-        if more and not quotes_close(paths):
-            more["quoting"] = csv.QUOTE_NONE
+        # A class may be called None, a text may be "null"
+        more = {"keep_default_na": False, "na_values": NOT_A_VALUE} if kinds[split] in (".csv", ".tsv") else {}
+        if kinds[split] == ".tsv":
+            more |= {"delimiter": "\t"} | ({} if quotes_close(paths) else {"quoting": csv.QUOTE_NONE})
         try:
             rows[split] = load_dataset(
                 READERS[kinds[split]], data_files=[str(file) for file in paths], split="train", **more
@@ -126,15 +127,20 @@ def read_files(path: Path) -> dict:
     return rows
 
 
+NOT_A_VALUE = ["", "nan", "NaN", "<NA>"]  # as pandas writes what is missing
+
+
 def quotes_close(paths: list[Path]) -> bool:
-    """Whether each line is a row, read with quotes: as GLUE writes a TSV, a quote that opens a cell need not close."""
+    """Whether quotes enclose cells: as GLUE writes a TSV, a quote that opens a cell need not close."""
+    csv.field_size_limit(2**31 - 1)
     for path in (path for path in paths if path.suffix == ".tsv"):  # not of one that is compressed
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        try:
-            rows = sum(1 for _ in csv.reader((f"{line}\n" for line in lines), delimiter="\t"))
-        except csv.Error:  # a cell without end
-            return False
-        if rows != len(lines):
+        with open(path, encoding="utf-8", errors="replace", newline="") as file:
+            try:
+                rows = [row for row in csv.reader(file, delimiter="\t", strict=True) if row]
+            except csv.Error:  # a cell without end, or one that goes on behind its quote
+                return False
+        # Two stray quotes, a line or more apart, would enclose the end of one row and the beginning of another
+        if len(set(map(len, rows))) > 1 or any("\t" in cell and "\n" in cell for row in rows for cell in row):
             return False
     return True
 
@@ -290,7 +296,10 @@ def read_shards(
     for split, (texts, labels) in found.items():
         ends, labels = np.cumsum([len(text) for text in texts]), np.concatenate(labels)
         known, idx = labels != NO_LABEL, list(range(len(texts)))
-        splits[split] = Split(np.concatenate(texts), None, ends, np.where(known, labels, -1), known, idx)
+        segments = None
+        if "token_type_ids" in tokenizer.model_input_names:  # 1 behind the first [SEP]
+            segments = np.concatenate([(np.cumsum(text == sep) - (text == sep) > 0).astype(np.int8) for text in texts])
+        splits[split] = Split(np.concatenate(texts), segments, ends, np.where(known, labels, -1), known, idx)
     return splits, manifest["source"].get("labels"), cut
 
 
@@ -307,6 +316,10 @@ def check_tokenizer(directory: Path, specials: dict, tokenizer: PreTrainedTokeni
             f"{directory} is packed with the tokenizer {specials.get('name')}, which is not that of the base model "
             f"{tokenizer.name_or_path}: give raw text, or pack it again with `python data/pack_mnli.py --tokenizer` "
             "and the base model"
+        )
+    if tokenizer.num_special_tokens_to_add(pair=True) != 3:
+        raise InputError(
+            f"{directory} has one [SEP] between two texts, and {tokenizer.name_or_path} has more there: give raw text"
         )
 
 

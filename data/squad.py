@@ -35,6 +35,10 @@ class Windows(Split):
     contexts: list[str]  # [questions]
     answers: list[list[str]]  # [questions] none: there is no answer
 
+    @property
+    def examples(self) -> int:
+        return len(np.unique(self.question))
+
     def shuffled(self, most: int | None) -> np.ndarray:
         """The windows of `most` questions."""
         if most is None:
@@ -113,7 +117,9 @@ def read_answers(given: object) -> dict:
     if isinstance(given, list) and all(isinstance(one, dict) for one in given):
         given = {name: [one.get(name) for one in given] for name in ("text", "answer_start")}
     given = given or {"text": [], "answer_start": []}
-    if not isinstance(given, dict) or not all(isinstance(given.get(name), list) for name in ("text", "answer_start")):
+    texts, starts = (given.get(name) if isinstance(given, dict) else None for name in ("text", "answer_start"))
+    right = isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)
+    if not right or not all(isinstance(start, int) for start in starts):
         raise InputError(
             f'answers are {str(given)[:60]!r}, not {{"text": [...], "answer_start": [...]}}: write them as JSON lines'
         )
@@ -209,20 +215,24 @@ def null_threshold(difference: np.ndarray, answered: np.ndarray, empty: np.ndarr
 def measure_spans(
     outputs: list, windows: Windows, unanswerable: bool, threshold: float | None
 ) -> tuple[dict[str, float], list[tuple[str, list[dict]]]]:
-    """Scores, and for each question its answer and n-best list.
+    """Scores over the questions whose answer is known, and for each question its answer and n-best list.
 
     unanswerable: SQuAD 2.0's questions, whose answer is empty above `threshold`, or, where there is none yet, above the
     best one.
     """
     ranked, difference = best_answers(outputs, windows)
+    known = np.isin(np.arange(len(windows.contexts)), windows.question[windows.known])
+    if not known.any():  # no answers to score by: predictions alone
+        known[:] = True
     texts = [answers[0]["text"] for answers in ranked]
     scores = np.array([answer_scores(text, answers) for text, answers in zip(texts, windows.answers)])  # [questions, 2]
     more = {}
     if unanswerable:
         empty = np.array([answer_scores("", answers) for answers in windows.answers])
-        threshold = null_threshold(difference, scores[:, 0], empty[:, 0]) if threshold is None else threshold
+        if threshold is None:
+            threshold = null_threshold(difference[known], scores[known, 0], empty[known, 0])
         silent = difference > threshold
         scores = np.where(silent[:, None], empty, scores)
         texts = ["" if quiet else text for quiet, text in zip(silent, texts)]
         more = {"null_threshold": threshold}
-    return {**dict(zip(("f1", "exact_match"), scores.mean(0).tolist())), **more}, list(zip(texts, ranked))
+    return {**dict(zip(("f1", "exact_match"), scores[known].mean(0).tolist())), **more}, list(zip(texts, ranked))

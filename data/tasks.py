@@ -472,6 +472,8 @@ def read_tables(kind: Kind, source: str) -> dict:
     path, task = Path(source), kind.task
     if task.config and (path / task.config).is_dir():
         path = path / task.config
+    elif task.config in GLUE and any((path / other).is_dir() for other in GLUE):
+        raise MissingData(f"{path} has no folder {task.config}")
     if path.exists():
         tables = read_files(path)
         beside = path.parent / str(task.diagnostic)

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
@@ -23,6 +24,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     ModernBertConfig,
     ModernBertForMaskedLM,
     PreTrainedTokenizerFast,
@@ -33,7 +35,7 @@ import finetuner
 import objectives
 import trainer
 from conftest import ROOT, TOKEN, as_flags, run_python, telling
-from data.examples import Split, cut_longest_first, encode_texts, number_classes, read_labels
+from data.examples import Split, cut_longest_first, encode_texts, number_classes, read_files, read_labels
 from data.squad import N_BEST, Windows, answer_scores, best_answers, candidates, encode_questions, null_threshold
 from data.tasks import GLUE, HELD_OUT, TASKS, Classes, Kind, Span, read_data, score
 from dataloading import LABEL_END, NO_LABEL, InputError, sha256_of, write_manifest, write_shard
@@ -460,12 +462,16 @@ def make_questions(number: int) -> list[dict]:
 
 
 def test_squad_v2_from_end_to_end(base, tmp_path):
-    data = write_jsonl(tmp_path / "squad", train=make_questions(32), validation=make_questions(12))
+    test = [{name: value for name, value in row.items() if name != "answers"} for row in make_questions(12)]
+    whole = [row | {"answers": {"text": [row["context"]], "answer_start": [0]}} for row in test]  # better than silence
+    data = write_jsonl(tmp_path / "squad", train=make_questions(32), validation=whole, test=test)
     run = go(base, tmp_path, "squad_v2", data_dataset=data)
     metrics = report_of(run)["model"]["metrics"]["validation"]
     assert {"f1", "exact_match", "null_threshold"} <= set(metrics)
     answers = json.loads((run / "predictions" / "validation.json").read_text())
     assert set(answers) == {f"q{i}" for i in range(12)}
+    # Silent by the threshold of validation, though no answers tell it
+    assert json.loads((run / "predictions" / "test.json").read_text()) == answers and any(answers.values())
     ranked = json.loads((run / "predictions" / "validation_nbest.json").read_text())
     for name, answer in answers.items():
         assert answer in ("", ranked[name][0]["text"]) and len(ranked[name]) <= N_BEST
@@ -488,7 +494,7 @@ def test_answers_may_be_missing_or_a_list_and_are_counted_by_questions(base, tok
     assert not read_data("squad", tokenizer, 20, settings).splits["validation"].known[::2].all()  # none: not known
     run = go(base, tmp_path, "squad_v2", data_dataset=folder)
     assert set(json.loads((run / "predictions" / "test.json").read_text())) == {f"q{i}" for i in range(6)}
-    for answers in ("good", 7, {"text": "good"}):
+    for answers in ("good", 7, {"text": "good"}, [{"text": "good"}], {"text": ["good"], "answer_start": []}):
         bad = write_jsonl(tmp_path / "bad", train=[{**row, "answers": answers} for row in make_questions(4)])
         with pytest.raises(InputError, match="write them as JSON lines"):
             read_data("squad", tokenizer, 20, DataConfig(dataset=bad))
@@ -549,7 +555,11 @@ def pack(folder: Path, tokenizer: PreTrainedTokenizerFast, rows: dict[str, list[
     return str(folder)
 
 
-def test_packed_shards_are_the_same_examples(tokenizer, tmp_path):
+@pytest.mark.parametrize("typed", (False, True))
+def test_packed_shards_are_the_same_examples(tmp_path, typed):
+    tokenizer = make_tokenizer(WORDS)
+    if typed:
+        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     train = [{**row, "label": i % 3} for i, row in enumerate(make_rows(40, 1))]
     rows = {"train": train, "validation_matched": make_rows(8, 2), "test_matched": unlabelled(make_rows(4, 3))}
     packed = DataConfig(dataset=pack(tmp_path / "packed", tokenizer, rows))
@@ -559,6 +569,8 @@ def test_packed_shards_are_the_same_examples(tokenizer, tmp_path):
         for split in rows:
             assert np.array_equal(ours.splits[split].tokens, theirs.splits[split].tokens)
             assert np.array_equal(ours.splits[split].labels, theirs.splits[split].labels)
+            assert np.array_equal(ours.splits[split].segments, theirs.splits[split].segments)
+            assert typed == (ours.splits[split].segments is not None)
         assert ours.dev == "validation_matched" and not ours.splits["test_matched"].known.any()
     other = DataConfig(dataset=pack(tmp_path / "other", make_tokenizer(WORDS[::-1]), rows))
     with pytest.raises(InputError, match="not that of the base model"):
@@ -649,12 +661,27 @@ def test_a_quote_in_a_tsv_opens_no_cell(tokenizer, tmp_path):
     (tmp_path / "train.tsv").write_text("".join(f"{text}\t{label}\n" for text, label in [("text", "label"), *rows]))
     data = read_data("custom", tokenizer, 64, DataConfig(dataset=str(tmp_path)))
     assert sum(split.examples for split in data.splits.values()) == 40
-    (tmp_path / "train.tsv").write_text('text\tlabel\n"a ""good"" film\nin two lines"\t1\nbad\t0\n')
+    rows = [[f'a "good" film\nin {i} lines', i % 2] for i in range(20)]
+    pd.DataFrame(rows, columns=["text", "label"]).to_csv(tmp_path / "train.tsv", sep="\t", index=False)
+    lines = read_files(tmp_path)["train"]
+    assert [list(row) for row in zip(lines["text"], lines["label"])] == rows
     (tmp_path / "validation.jsonl").write_text('{"text": "good", "label": 1}\n')
     assert read_data("custom", tokenizer, 64, DataConfig(dataset=str(tmp_path))).splits["validation"].examples == 1
     (tmp_path / "validation.tsv").write_text("text\tlabel\ngood\t1\n")
     with pytest.raises(InputError, match="has split validation as .jsonl and as .tsv: take one away"):
         read_data("custom", tokenizer, 64, DataConfig(dataset=str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", (".csv", ".tsv"))
+def test_a_class_may_be_called_none(tokenizer, tmp_path, kind):
+    rows = [{"text": row["text"], "label": ("None", "NA")[i % 2]} for i, row in enumerate(make_rows(60, 1))]
+    rows[5]["text"], rows[7]["label"] = "null", ""
+    pd.DataFrame(rows).to_csv(tmp_path / f"train{kind}", sep="\t" if kind == ".tsv" else ",", index=False)
+    read = read_files(tmp_path)["train"]
+    assert read["text"][5] == "null" and read["label"][7] is None
+    data = read_data("custom", tokenizer, 64, DataConfig(dataset=str(tmp_path)))
+    assert list(data.kind.classes) == ["NA", "None"]
+    assert sum(split.known.sum() for split in data.splits.values()) == 59
 
 
 def test_named_classes_have_no_minus_one(tokenizer, tmp_path):
@@ -920,6 +947,9 @@ def test_a_half_done_grid_is_resumed(base, films, tmp_path):
         go(base, tmp_path, **few)
     with pytest.raises(InputError, match="is finished or was made with other settings"):
         go(base, tmp_path, **few, train_resume="true")
+    (run / "metrics.json").unlink()
+    go(base, tmp_path, **few, train_resume="true", train_run_name="another")  # which is not there, so it is started
+    assert len(read_jsonl(run.with_name("another") / "runs.jsonl")) == 3 and not (run / "metrics.json").exists()
 
 
 def test_glue_runs_what_is_there_and_hands_mnli_over(base, tmp_path, capsys):
@@ -951,6 +981,7 @@ def test_glue_without_mnli_says_what_starts_elsewhere(base, tmp_path, capsys):
     rte = ("sentence1", "sentence2")
     write_jsonl(tmp_path / "glue" / "rte", train=pairs_of(*rte, 16, 2, 1), validation=pairs_of(*rte, 8, 2, 2))
     few = {"protocol": "modernbert", "train_lr": 1e-4, "train_weight_decay": 0, "train_epochs": 1}
+    (tmp_path / "glue" / "dataset_infos.json").write_text("{}")  # no data of the tasks that have no folder
     run = go(base, tmp_path, "glue", data_dataset=tmp_path / "glue", **few)
     assert f"note: rte starts from {base}: there is no MNLI model here" in (run / "log.txt").read_text()
 
@@ -1111,6 +1142,21 @@ def test_a_base_models_own_code_is_run_only_if_trusted(films, tmp_path, monkeypa
     assert not mark.exists()
     report = report_of(go(str(folder), tmp_path, **few, train_trust_remote_code="true"))
     assert mark.exists() and report["results"]["pretrained"]
+
+
+def test_weights_under_other_names_are_no_pretrained_encoder(films, tmp_path):
+    folder, model = tmp_path / "wrapped", OTHERS["bert"]()
+    model.save_pretrained(folder)
+    save_file({f"module.{name}": p.clone() for name, p in model.state_dict().items()}, folder / "model.safetensors")
+    make_tokenizer(WORDS).save_pretrained(folder)
+    with pytest.raises(InputError, match="none of the weights of .*wrapped has the name of one of BertFor"):
+        go(str(folder), tmp_path, data_dataset=films)
+    base = finetuner.open_base(str(folder), None)
+    assert base.title == "wrapped"
+    model = BertForSequenceClassification(BertConfig(**THEIRS))
+    finetuner.set_trainable(model, "last_3")  # of two
+    assert all(p.requires_grad for p in model.bert.encoder.parameters())
+    assert not any(p.requires_grad for p in model.bert.embeddings.parameters())
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -746,10 +746,7 @@ def blimp_archive(archive, counted, word_tokenizer, tmp_path_factory) -> Path:
         "race": "flops",
         "limits": {"epochs": 10, "words": 5000},
         "data": {**fixed, "tokenizer_sha256": data["tokenizer"]},
-        "judged_by": {
-            "settings": {},
-            "splits": {"test": judgement.named("result", "splits", "blimp", "test")},
-        },
+        "judged_by": {"settings": {}, "splits": {"test": judgement.named("result", "splits", "blimp", "test")}},
         "hardware": {},
     }
     (root / "tracks.json").write_text(json.dumps(tracks))
