@@ -234,10 +234,14 @@ class RunLog:
         return {name: end_of(self.directory.joinpath(name).read_bytes()) for name in LOG_FILES}
 
     def close(self, result: dict) -> None:
-        """The result, with a hash over all that stands before it, where of the code the hashes stand: edits show."""
+        """The result, with a hash over it and all that stands before it, where of the code the hashes stand."""
         text, _ = split_code(Path(self.file.name).read_text(encoding="utf-8"))
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        self.section("result", json.dumps({**result, "log_sha256": digest}))
+        self.section("result", json.dumps({**result, "sha256": seal(text, result)}))
+
+
+def seal(text: str, result: dict) -> str:
+    """By which edits of a log show. text: what stands before the result, without code."""
+    return hashlib.sha256((text + json.dumps(result)).encode()).hexdigest()
 
 
 def cut_log(run: Path, ends: dict[str, list]) -> bool:
@@ -340,7 +344,8 @@ class Line:
     flops: float | None = None
     mfu: float | None = None
     lr: float | None = None
-    run: int | None = None  # of a finetuning with several
+    task: str | None = None  # of a finetuning
+    run: int | None = None  # of its several
 
 
 @dataclass
@@ -353,6 +358,8 @@ class Log:
     at: dict[str, int] = field(default_factory=dict)  # section -> number of its line in the file
     lines: list[Line] = field(default_factory=list)
     digest: str = ""  # of what stands before the result
+    sealed: str = ""  # and of the result with it
+    after: int = 0  # number of the first line behind the result, of which there is none
 
     @property
     def finetuning(self) -> bool:
@@ -371,11 +378,12 @@ class Log:
 
 def read_line(number: int, match: re.Match) -> Line:
     said = {name: value for name, value in match.groupdict().items() if value is not None}
+    task = said.pop("task", None)
     numbers = {name: float(said[name]) for name in Line.__dataclass_fields__ if name in said}
     numbers |= {name: int(said[name]) for name in ("step", "tokens", "words", "run") if name in said}
     if "step_avg" in said:
         numbers["step_avg"] /= 1000
-    return Line(number, seconds=float(said["train_time"]) / 1000, **numbers)
+    return Line(number, seconds=float(said["train_time"]) / 1000, task=task, **numbers)
 
 
 def read_log(path: Path) -> Log:
@@ -391,6 +399,8 @@ def read_log(path: Path) -> Log:
     title, lines, lines_of_code = None, text.split("\n"), 0
     for index, line in enumerate(lines):
         number = index + 1 + lines_of_code
+        if line and isinstance(log.sections.get("result"), dict):
+            log.after = log.after or number
         if match := re.fullmatch(r"=== (.+)", line):
             title = match[1]
             if title in JSON_SECTIONS and title in log.sections:  # a finetuning that was resumed opens its log again
@@ -398,7 +408,8 @@ def read_log(path: Path) -> Log:
             log.sections.setdefault(title, "")
             log.at[title] = number
             if title == "result":
-                log.digest = hashlib.sha256("\n".join([*lines[:index], ""]).encode()).hexdigest()
+                before = "\n".join([*lines[:index], ""])
+                log.digest = hashlib.sha256(before.encode()).hexdigest()
         elif header := CODE_HEADER.match(line):
             log.hashes[header["name"]] = header["sha256"]
             lines_of_code += code.get(header["name"], "").count("\n")
@@ -411,7 +422,9 @@ def read_log(path: Path) -> Log:
                 raise InputError(f"{path}:{number}: not a line of a log ({error})") from error
         elif title in JSON_SECTIONS and line:
             try:
-                log.sections[title] = json.loads(line)
+                value = log.sections[title] = json.loads(line)
+                if title == "result" and isinstance(value, dict):
+                    log.sealed = seal(before, {name: said for name, said in value.items() if name != "sha256"})
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}:{number}: section {title!r} is not JSON ({error})") from error
         elif title is not None and line and isinstance(log.sections[title], str):

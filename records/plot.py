@@ -36,8 +36,8 @@ def series(log: Log) -> dict[str, list[tuple[Points, str]]]:
         if points:
             found[panel].append(([(seconds / 60, value) for seconds, value in points], style))
 
-    for run in sorted({line.run for line in log.lines}, key=lambda run: run or 0):
-        lines = [line for line in log.lines if line.run == run]
+    for part in dict.fromkeys((line.task, line.run) for line in log.lines):  # a run of each task, or the one there is
+        lines = [line for line in log.lines if (line.task, line.run) == part]
         for name, (panel, style) in DRAWN.items():
             values = [(line.seconds, getattr(line, name)) for line in lines]
             add(panel, [(seconds, value) for seconds, value in values if value is not None], style)

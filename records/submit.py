@@ -32,6 +32,7 @@ from records.verify import (
     RECORDS,
     check_code,
     check_complete,
+    check_names,
     check_record,
     measure,
     page,
@@ -61,6 +62,7 @@ def submit(root: Path, runs: Sequence[Path], said: dict, *others: Sequence[Path]
     tracks = read_tracks(root)
     if said["track"] not in tracks:
         raise InputError(f"track {said['track']!r} is not declared: choose from {', '.join(tracks)}")
+    check_names(said["contributors"], "--contributors")
     track = tracks[said["track"]]
     if why := refusal(track, said["date"]):
         raise InputError(f"track {said['track']} {why}")

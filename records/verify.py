@@ -23,6 +23,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,8 +126,12 @@ def check_seal(log: Log) -> Iterator[str]:
         yield f"{at(log, 'resumed')}: a resumed run: a record's runs go through without a break"
     if not log.named("result", "finished"):
         yield f"{at(log, 'result')}: the run did not finish"
-    if log.named("result", "log_sha256") != log.digest:
-        yield f"{at(log, 'result')}: log_sha256 does not follow from the lines above: one was changed after the run"
+    result = log.named("result")
+    # log_sha256: of logs from before the result was sealed as well
+    if (log.digest, log.sealed)["sha256" in result] != result.get("sha256", result.get("log_sha256")):
+        yield f"{at(log, 'result')}: its hash does not follow from the lines above and the result: one was changed"
+    if log.after:
+        yield f"{log.path}:{log.after}: a line behind the result, which is a log's last"
 
 
 def expected_steps(train: dict, last: int) -> tuple[set[int], set[int]]:
@@ -273,9 +278,13 @@ def read_record(path: Path) -> Record:
     name, date, contributors = said["name"], said["date"], said["contributors"]
     if not NAME.fullmatch(str(name)) or path.resolve().name != f"{date}_{name}":
         raise InputError(f"{path / 'record.json'}: the folder of {name!r} of {date} is not DATE_NAME in small letters")
-    if not (isinstance(contributors, list) and contributors and all(map(is_plain, contributors))):
-        raise InputError(f"{path / 'record.json'}: contributors is not a list of names without | < > [ ] and line ends")
+    check_names(contributors, f"{path / 'record.json'}: contributors")
     return with_logs(path, said)
+
+
+def check_names(names: object, what: str) -> None:
+    if not (isinstance(names, list) and names and all(map(is_plain, names))):
+        raise InputError(f"{what} is not a list of names without | < > [ ] and line ends")
 
 
 def is_plain(text: object) -> bool:
@@ -330,12 +339,14 @@ def raced(logs: Sequence[Log], finetuned: Sequence[Log], track: dict) -> list[fl
 
 def seconds_in_all(logs: Sequence[Log], finetuned: Sequence[Log]) -> list[float]:
     """Of each run, pretraining and finetuning together, by both logs' clocks; a finetuning counts all that it ran."""
-    tuning = {}
-    for log in finetuned:
-        last = {line.run: line.seconds for line in log.lines}
-        tuning[log.named("data", "base_sha256")] = sum(last.values())
-    results = [log.named("result") for log in logs]
-    return [result["seconds"] + tuning.get(result["model_sha256"], 0.0) for result in results]
+    tuning = {log.named("data", "base_sha256"): seconds_of(log) for log in finetuned}
+    return [seconds_of(log) + tuning.get(log.named("result", "model_sha256"), 0.0) for log in logs]
+
+
+def seconds_of(log: Log) -> float:
+    """By its clock, which every run of a finetuning starts anew."""
+    last = {line.run: line.seconds for line in log.lines}
+    return sum(last.values()) if log.finetuning else log.named("result", "seconds")
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -674,6 +685,20 @@ def check_machine(logs: Sequence[Log], first: Log) -> Iterator[str]:
                     f"{at(log, 'environment')}: {name} is {there.get(name)!r}, not {here.get(name)!r}: "
                     "timed or compared runs are made on one machine (paired/)"
                 )
+    yield from check_apart(logs)
+
+
+def check_apart(logs: Sequence[Log]) -> Iterator[str]:
+    """Runs that are timed are made one after the other: beside each other, they slow each other down."""
+
+    def start(log: Log) -> float:
+        return datetime.fromisoformat(log.named("environment", "started")).timestamp()
+
+    runs = {log.digest: log for log in logs}.values()  # two records may share the runs that they finetune
+    for one, following in itertools.pairwise(sorted(runs, key=start)):
+        beside = start(one) + seconds_of(one) - start(following)
+        if beside > 1:  # starts are whole seconds
+            yield f"{following.path}: began {beside:.0f} s before {one.path} had ended: run one after the other"
 
 
 def refusal(track: dict, date: str) -> str | None:

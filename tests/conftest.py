@@ -260,7 +260,7 @@ def story(run: Path) -> tuple[str, list[dict], dict]:
     text = re.sub(r"=== resumed\n.*\n", "", re.sub(r"/\S+/run\b", "RUN", text))
     text = re.sub(r" train_time:\S+ step_avg:\S+| mfu:\S+|, compiled in .*", "", text)
     metrics, result = (run / "metrics.jsonl").read_text().splitlines(), json.loads(result)
-    timed = ("seconds", "mfu", "data_wait_seconds", "run", "log_sha256")
+    timed = ("seconds", "mfu", "data_wait_seconds", "run", "sha256")
     without_times = [{k: v for k, v in json.loads(line).items() if k not in timed} for line in metrics]
     return text, without_times, {k: v for k, v in result.items() if k not in timed}
 

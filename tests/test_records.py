@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -38,7 +39,7 @@ from data.tasks import TASKS
 from dataloading import InputError, sha256_of
 from records.baseline import modernbert
 from records.leaderboard import BEGIN, END, draw_published, duration, matches, score_of, update
-from records.log import LOG_LINE, WHOLE_LAST_LAYER, log_line, read_code, read_log, split_code, with_header
+from records.log import LOG_LINE, WHOLE_LAST_LAYER, log_line, read_code, read_log, seal, split_code, with_header
 from records.plot import draw, figure, series
 from records.submit import extract, submit
 from records.verify import (
@@ -60,12 +61,21 @@ SHORT = {"steps": 8, "valid_every": 4, "log_every": 2, "save_every": 0, "declare
 def sealed(text: str) -> str:
     """A log with the hash that its lines ask for."""
     head, title, tail = text.rpartition("=== result\n")
-    digest = hashlib.sha256(split_code(head)[0].encode()).hexdigest()
-    return f"{head}{title}{json.dumps(json.loads(tail) | {'log_sha256': digest})}\n"
+    result = {name: value for name, value in json.loads(tail).items() if name != "sha256"}
+    return f"{head}{title}{json.dumps({**result, 'sha256': seal(split_code(head)[0], result)})}\n"
+
+
+MINUTES = itertools.count()
+
+
+def at_its_own_minute(text: str) -> str:
+    hour, minute = divmod(next(MINUTES), 60)
+    return re.sub(r'("started": "\S+T)[\d:]+Z', rf"\g<1>{hour:02d}:{minute:02d}:00Z", text)
 
 
 def retimed(text: str, seconds_a_step: float, jitter: float) -> str:
     """The same run on a faster or slower machine, consistent down to the hash."""
+    text = at_its_own_minute(text)
     peak = json.loads(text.split("=== environment\n")[1].split("\n")[0])["peak_flops"]
     lines = text.split("\n")
     for number, line in enumerate(lines):
@@ -283,7 +293,28 @@ def test_an_edited_log(record, edit, message, seal):
 def test_an_edited_line_breaks_the_seal(record):
     edit = lambda text: re.sub(r"(step:4/8 train_loss:\d\.\d\d)", r"\g<1>1", text)  # noqa: E731
     change(record / "logs" / "1.txt", edit, seal=False)
-    assert any("log_sha256 does not follow" in problem for problem in verify(record))
+    change(record / "logs" / "2.txt", in_section("result", "model_sha256", "0" * 64), seal=False)
+    change(record / "logs" / "3.txt", lambda text: text + f"--- trainer.py sha256:{'0' * 64}\n", seal=False)
+    problems = "\n".join(verify(record))
+    assert problems.count("its hash does not follow") == 2 and "a line behind the result" in problems
+
+
+def test_timed_runs_do_not_share_a_machine(record):
+    started = read_log(record / "logs" / "1.txt").named("environment", "started")
+    change(record / "logs" / "2.txt", in_section("environment", "started", started))
+    assert any("before" in problem and "run one after the other" in problem for problem in verify(record))
+
+
+def test_older_logs_seal_their_lines_alone(record):
+    def old(text: str) -> str:
+        head, title, tail = text.rpartition("=== result\n")
+        result = {name: value for name, value in json.loads(tail).items() if name != "sha256"}
+        digest = hashlib.sha256(split_code(head)[0].encode()).hexdigest()
+        return f"{head}{title}{json.dumps({**result, 'log_sha256': digest})}\n"
+
+    for log in (record / "logs").iterdir():
+        change(log, old, seal=False)
+    assert verify(record) == []
 
 
 def test_a_line_is_named_by_its_number_in_the_file_also_behind_code(record):
@@ -658,7 +689,7 @@ def test_the_code_that_finetuned_is_kept(by_mnli, tmp_path):
 
 def scored(text: str, score: float) -> str:
     """The same finetuning with another result, consistent down to the hash."""
-    text = re.sub(r"dev_score:\d\S*", f"dev_score:{score:.4f}", text)
+    text = re.sub(r"dev_score:\d\S*", f"dev_score:{score:.4f}", at_its_own_minute(text))
     return sealed(in_section("result", "results.mnli.pretrained.validation_matched.accuracy.median", score)(text))
 
 
@@ -857,6 +888,8 @@ def test_submit_refuses_and_leaves_nothing(archive, runs):
         submit(archive, runs, dict(said))
     with pytest.raises(InputError, match="3 runs were declared, with seeds from 1; there are those with seeds 2"):
         submit(archive, runs[1:2], dict(said))
+    with pytest.raises(InputError, match="--contributors is not a list of names without"):
+        submit(archive, runs, said | {"contributors": ["Jane <j@x.org>"]})
     with pytest.raises(InputError, match="not declared"):
         submit(archive, runs, said | {"track": "other"})
     with pytest.raises(InputError, match="is not there"):
