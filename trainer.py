@@ -445,9 +445,15 @@ def join_group(place: torch.device, rank: int, world_size: int, timeout: timedel
     # NCCL connects, and takes its memory, at the first call of each kind: now, before a row is tried for size
     whole = torch.zeros(world_size << 20, device=place)
     share = whole[: 1 << 20].clone()
-    dist.all_reduce(share)
-    reduce_scatter(share, whole)
-    all_gather(whole, share)
+    try:
+        dist.all_reduce(share)
+        reduce_scatter(share, whole)
+        all_gather(whole, share)
+    except dist.DistBackendError as error:
+        raise InputError(
+            f"NCCL cannot connect rank {rank} with the others ({' '.join(str(error).split())}): try again with "
+            "`export NCCL_DEBUG=WARN`; a container needs shared memory, by --ipc=host or --shm-size=1g"
+        ) from error
 
 
 def choose_cuda(device: str) -> bool:

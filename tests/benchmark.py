@@ -3,6 +3,7 @@
     python tests/benchmark.py                                               the micro shape on the embedded sample
     python tests/benchmark.py --data DIR --layers 6 --hidden 384 --heads 6 --intermediate 576
     python tests/benchmark.py --preset base --data DIR --row-tokens 65536   on a GPU
+    python tests/benchmark.py --objectives                                  a step of detection against one of masking
     python tests/benchmark.py --profile ...                                 our step by kind of kernel
     python tests/benchmark.py --attention --preset base --data DIR ...      FlexAttention and varlen_attn, on a GPU
     python tests/benchmark.py --inference --preset base                     the padded forward, as people serve it

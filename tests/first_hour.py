@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import os
 import re
 import shlex
 import shutil
@@ -30,10 +32,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from dataloading import first_line, sha256_of, write_manifest, write_shard
+from dataloading import InputError, first_line, sha256_of, write_manifest, write_shard
 from model import PRESETS, KBERTConfig
 from records.log import MASKED_LAST_LAYER, PEAK_FLOPS, Work, environment, read_log
-from trainer import why_eager
+from trainer import choose_cuda, why_eager
 
 MODERNBERT = {"vocab_size": 50_368, "cls": 50_281, "sep": 50_282, "pad": 50_283, "mask": 50_284, "unk": 50_280}
 TINY = "--model.num_hidden_layers 2 --model.hidden_size 64 --model.num_attention_heads 1 --model.intermediate_size 64"
@@ -57,11 +59,19 @@ class Machine:
     def data(self) -> Path:
         return self.out / "made_up"
 
+    @property
+    def row_tokens(self) -> int:
+        """What should fit of `base`, which takes about 1.2 MB a token: 65,536 into 80 GB, 16,384 into 24."""
+        if self.small:
+            return 1024
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return next((size for size in (65536, 32768, 16384) if size * 1.2e6 < memory), 8192)
+
     def run(self, name: str, command: str, processes: int = 1, timeout: float = 480) -> subprocess.CompletedProcess:
         """command: a script of the repository and its arguments. Its output goes to NAME.txt."""
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        whole = [sys.executable, *(launcher if processes > 1 else []), *shlex.split(command)]
-        process = subprocess.Popen(whole, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        whole, streams = launched(command, processes), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        # Unbuffered, what was printed before a time limit is there
+        process = subprocess.Popen(whole, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, text=True, **streams)
         try:
             output, errors = process.communicate(timeout=timeout)
             code = process.returncode
@@ -86,6 +96,11 @@ class Machine:
         """Flags of a run, for which what an earlier hour left makes room."""
         shutil.rmtree(self.out / name, ignore_errors=True)
         return f"--train.out {shlex.quote(str(self.out))} --train.run_name {name}"
+
+
+def launched(command: str, processes: int) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [sys.executable, *(launcher if processes > 1 else []), *shlex.split(command)]
 
 
 Check = tuple[str, str, str]  # what, "ok", "FAILED" or "skipped", and the figure or the reason
@@ -141,18 +156,20 @@ def correctness(machine: Machine) -> Iterator[Check]:
 
 def one_graph(machine: Machine) -> Iterator[Check]:
     """20 steps: graphs compiled, waits of the host, peak memory, and the row that fits."""
-    for preset in ("base", "large"):
-        done = machine.run(f"probe_{preset}", f"tests/first_hour.py --probe {preset} {machine.flags}")
+    for preset, objective in (("base", "mlm"), ("large", "mlm"), ("base", "rtd")):
+        command = f"tests/first_hour.py --probe {preset} {objective} {machine.flags}"
+        done = machine.run(f"probe_{preset}_{objective}", command)
         figure = done.stdout.strip().splitlines()[-1] if done.returncode == 0 else ""
-        yield verdict(f"20 steps of {preset}", done, figure)
+        yield verdict(f"20 steps of {preset}, {objective}", done, figure)
 
 
 def ranks(machine: Machine) -> Iterator[Check]:
-    """Two processes as one, an error on one of them, an interruption and what follows."""
+    """An interruption and what follows, two processes as one, an error on one of them."""
+    yield from interruption(machine)
     if machine.gpus == 1:
         yield "1 and 2 GPUs", "skipped", "one GPU"
     else:
-        batch = "2048" if machine.small else "131072 --train.row_tokens 65536"
+        batch = f"{2 * machine.row_tokens} --train.row_tokens {machine.row_tokens}"
         steps = f"--train.steps 20 --train.log_every 1 --train.batch_tokens {batch}"
         for n in (1, 2):
             yield verdict(f"20 steps on {n}", machine.train(f"ranks{n}", "base", steps, processes=n))
@@ -164,17 +181,16 @@ def ranks(machine: Machine) -> Iterator[Check]:
         spent = time.monotonic() - started
         good = done.returncode != 0 and spent < 60
         yield "an error on one rank ends all", "ok" if good else "FAILED", f"{spent:.0f} s"
-    yield from interruption(machine)
 
 
 def interruption(machine: Machine) -> Iterator[Check]:
-    shape = TINY if machine.small else "--data.max_length 1024"
+    shape, processes = TINY if machine.small else "--data.max_length 1024", 2 if machine.gpus > 1 else 1
     data = shlex.quote(str(machine.data))
     command = f"trainer.py --preset base {shape} --data.dir {data} --data.valid_tokens 20000 --train.steps 60"
     command += f" --train.grad_accum 1 --train.log_every 5 --train.valid_every 0 {machine.fresh('interrupted')}"
     log = machine.out / "interrupted" / "log.txt"
     with open(machine.out / "interrupted.txt", "w") as output:
-        process = subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT, stdout=output, stderr=output)
+        process = subprocess.Popen(launched(command, processes), cwd=ROOT, stdout=output, stderr=output)
         deadline = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < deadline:
             if log.exists() and "step:10/" in log.read_text(errors="ignore"):
@@ -186,8 +202,9 @@ def interruption(machine: Machine) -> Iterator[Check]:
         finally:
             process.kill()
     saved = sorted(path.name for path in machine.out.glob("interrupted/checkpoints/*"))
-    yield "SIGTERM saves and ends", "ok" if code == 0 and saved else "FAILED", f"exit code {code}, {saved}"
-    yield verdict("and the run goes on", machine.run("resumed", f"{command} --train.resume auto"))
+    good = saved and (code == 0 or processes > 1)  # torchrun has a code of its own for a signal
+    yield "SIGTERM saves and ends", "ok" if good else "FAILED", f"exit code {code}, {saved}"
+    yield verdict("and the run goes on", machine.run("resumed", f"{command} --train.resume auto", processes))
 
 
 def kernels(machine: Machine) -> Iterator[Check]:
@@ -195,7 +212,7 @@ def kernels(machine: Machine) -> Iterator[Check]:
     if machine.small:
         shape = "--layers 2 --hidden 64 --heads 1 --intermediate 64 --row-tokens 1024 --max-length 256"
     else:
-        shape = "--preset base --max-length 1024 --row-tokens 65536"
+        shape = f"--preset base --max-length 1024 --row-tokens {machine.row_tokens}"
     for mode in ("--profile", "--attention"):
         if mode == "--attention" and not machine.gpus:
             yield "attention", "skipped", "FlexAttention has no backward on a CPU"
@@ -206,29 +223,32 @@ def kernels(machine: Machine) -> Iterator[Check]:
 
 
 def speed(machine: Machine) -> Iterator[Check]:
-    """Tokens a second and MFU of every preset, on one GPU and on all."""
+    """Tokens a second and MFU of every preset, on one GPU and on all, in steps of a million tokens as by default."""
+    steps = "--train.steps 12 --train.log_every 3"
+    steps += " --train.grad_accum 1" if machine.small else " --train.batch_tokens 1048576 --train.row_tokens none"
     for preset in ("micro", "small", "base", "large") if not machine.small else ("micro",):
         for processes in sorted({1, max(1, machine.gpus)}):
             name = f"speed_{preset}_{processes}"
-            done = machine.train(name, preset, "--train.grad_accum 1 --train.steps 40 --train.log_every 10", processes)
+            done = machine.train(name, preset, steps, processes)
             figure = rate(machine.out / name, processes) if done.returncode == 0 else ""
             yield verdict(f"{preset} on {processes}", done, figure)
 
 
 def rate(run: Path, processes: int) -> str:
-    """Of the last 20 steps."""
+    """Of the last two lines' steps."""
     log = read_log(run)
     lines = [line for line in log.lines if line.train_loss is not None]
     first, last = lines[-3], lines[-1]
-    seconds = last.seconds - first.seconds
+    steps, seconds = last.step - first.step, last.seconds - first.seconds
     mfu = (last.flops - first.flops) / seconds / log.named("environment", "peak_flops")
     row = log.named("config", "train", "row_tokens")
     per_second = (last.tokens - first.tokens) / seconds
-    return f"{per_second:,.0f} tokens/s, MFU {mfu:.1%}, {processes} x {row} tokens in {1000 * seconds / 20:.1f} ms"
+    took = f"{1000 * seconds / steps:.1f} ms a step"
+    return f"{per_second:,.0f} tokens/s, MFU {mfu:.1%}, rows of {row} tokens on {processes}, {took}"
 
 
 def training(machine: Machine) -> Iterator[Check]:
-    """A run whose log is kept."""
+    """A run whose log is kept, and three that may be a record."""
     if machine.small:
         data = shlex.quote(str(machine.data))
         settings = f"{TINY} --data.dir {data} --train.batch_tokens 2048 --data.valid_tokens 20000"
@@ -243,6 +263,26 @@ def training(machine: Machine) -> Iterator[Check]:
         result = read_log(machine.out / "trained").named("result")
         figure = f"validation loss {result['val_loss']:.4f} after {result['seconds']:.0f} s, {result['step']} steps"
     yield verdict(f"{machine.minutes:g} minutes of training", done, figure)
+    if not machine.small:
+        yield from declared(machine)
+
+
+def declared(machine: Machine) -> Iterator[Check]:
+    """Three runs of the track sample-1xgpu, if the sample is the track's."""
+    losses, log = [], None
+    for seed in (1, 2, 3):
+        name = f"declared-{seed}"
+        command = "trainer.py --preset micro --train.batch_tokens 16384 --train.row_tokens 16384 --train.epochs 4 "
+        command += f"--train.declared_runs 3 --train.seed {seed} {machine.fresh(name)}"
+        done = machine.run(f"{name}_output", command)
+        if done.returncode:
+            yield verdict(f"declared run {seed}", done)
+            return
+        log = read_log(machine.out / name)
+        losses.append(f"{log.named('result', 'val_loss'):.4f} in {log.named('result', 'seconds'):.1f} s")
+    tracks = json.loads((ROOT / "records" / "tracks.json").read_text())
+    same = tracks["sample-1xgpu"]["data"]["hash"] == log.named("data", "hash")
+    yield "three declared runs", "ok", f"{', '.join(losses)}; {'the' if same else 'not the'} track's sample"
 
 
 PARTS: dict[int, Callable[[Machine], Iterator[Check]]] = {
@@ -309,14 +349,16 @@ def expectations() -> str:
 # What the parts run in processes of their own
 
 
-def probe(machine: Machine, preset: str) -> None:
-    """20 steps of a preset; prints one line: the row that fits, graphs, waits, peak memory."""
+def probe(machine: Machine, preset: str, objective: str) -> None:
+    """20 steps of a preset; prints one line: the row that fits, graphs, waits, peak memory. New graphs, or waits in the
+    steps, are an error.
+    """
     import warnings
 
     from dataloading import Loader, read_manifest
     from objectives import mask_count
     from tests.benchmark import Ours
-    from trainer import Process, fit_row_tokens, model_config
+    from trainer import Process, TrainConfig, candidate_rows, fit_row_tokens, mask_rate, model_config
 
     shape = dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=1, intermediate_size=64)
     shape = shape if machine.small else PRESETS[preset]
@@ -328,33 +370,37 @@ def probe(machine: Machine, preset: str) -> None:
         sides.clear()
         if machine.gpus:
             torch.cuda.reset_peak_memory_stats()  # a size that does not fit leaves its own
-        sides.append(Ours(config, preset, row_tokens, longest, process))
+        sides.append(Ours(config, preset, row_tokens, longest, process, objective))
 
-    row_tokens = fit_row_tokens([1024] if machine.small else [65536, 49152, 32768, 16384, 8192], process, attempt)
+    sizes = [1024] if machine.small else candidate_rows(TrainConfig(), process)  # a run's
+    row_tokens = fit_row_tokens(sizes, process, attempt)
     loader = Loader(machine.data, manifest, "train", row_tokens, longest, seed=1, device=machine.device)
     rows = [row for row, _ in zip(loader, range(20))]
-    waits = 0
+    torch._dynamo.utils.counters.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if machine.gpus:
             torch.cuda.set_sync_debug_mode("warn")
         for row in rows:
-            loss = sides[0].step(row, mask_count(0.3, row_tokens))
+            loss = sides[0].step(row, mask_count(mask_rate(0.0, sides[0].train), row_tokens))
         if machine.gpus:
             torch.cuda.set_sync_debug_mode("default")
         waits = sum("called a synchronizing" in str(warning.message) for warning in caught)
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]  # since the warm-up
     memory = torch.cuda.max_memory_allocated() / 2**30 if machine.gpus else float("nan")
-    print(f"rows of {row_tokens}, {graphs} graphs, {waits} waits of the host, {memory:.1f} GiB, loss {loss.item():.3f}")
+    counted = f"{graphs} new graphs, {waits} waits of the host"
+    print(f"rows of {row_tokens}, {counted}, {memory:.1f} GiB, loss {loss.item():.3f}")
+    if graphs or waits:
+        raise RuntimeError(f"{counted} in 20 steps, where there should be none")
 
 
 def fail_on_one_rank(machine: Machine) -> None:
     """Rank 1 raises while the other waits for it."""
     import torch.distributed as dist
 
-    from trainer import join_processes
+    from trainer import join_processes, stop_signals
 
-    with join_processes() as process:
+    with stop_signals(), join_processes() as process:  # as training does
         if process.rank == 1:
             raise RuntimeError("rank 1 fails, as it should")
         dist.all_reduce(torch.zeros(1, device=process.device))
@@ -371,12 +417,15 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="of the training run [10]")
     parser.add_argument("--small", action="store_true", help="tiny shapes, as on a machine without a GPU")
     parser.add_argument("--expect", action="store_true", help="print what to expect, computed, and run nothing")
-    parser.add_argument("--probe", help=argparse.SUPPRESS)
+    parser.add_argument("--probe", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--fail", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.expect:
         return print(expectations())
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        gpus = torch.cuda.device_count() if choose_cuda("auto") else 0
+    except InputError as error:  # a driver that is too old: not a machine without a GPU
+        sys.exit(f"error: {error}")
     device = torch.device("cuda" if gpus else "cpu")
     out = arguments.out.resolve()
     machine = Machine(out, device, gpus, arguments.minutes, arguments.small or not gpus)
@@ -385,7 +434,7 @@ def main() -> None:
     if not (machine.data / "manifest.json").exists():
         make_data(machine.data, 300_000 if machine.small else 20_000_000)
     if arguments.probe:
-        return probe(machine, arguments.probe)
+        return probe(machine, *arguments.probe)
     report, failed = open(out / "report.md", "a", encoding="utf-8"), 0
     for number in arguments.part or PARTS:
         started, title = time.monotonic(), f"Part {number}: {PARTS[number].__doc__.splitlines()[0]}"

@@ -129,6 +129,20 @@ def test_training_on_a_gpu_follows_training_on_a_cpu(corpus, tmp_path):
     assert list(losses(tmp_path / "gpu", "val_loss").values())[-1] < math.log(64) - 0.3
 
 
+def test_detection_on_a_gpu_follows_detection_on_a_cpu(corpus, tmp_path):
+    rtd = "--train.objective rtd --train.detection_weight 5"
+    main(flags(corpus, tmp_path, "cpu", f"{rtd} --train.device cpu --train.compile false"))
+    main(flags(corpus, tmp_path, "gpu", f"{rtd} --train.compile true"))
+    cpu, gpu = (losses(tmp_path / run, "train_loss") for run in ("cpu", "gpu"))
+    assert list(gpu.values())[:3] == pytest.approx(list(cpu.values())[:3], rel=0.1)  # other masks, other words
+    assert (tmp_path / "gpu" / "generator" / "model.safetensors").exists()
+
+
+LARGE = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 75e9, reason="needs 80 GB"
+)
+
+
 def test_row_tokens_are_measured(corpus, tmp_path):
     main(flags(corpus, tmp_path, "auto", "--train.row_tokens none --train.batch_tokens 65536 --train.steps 2"))
     assert read_settings(tmp_path / "auto")["train"]["row_tokens"] == 65536
@@ -143,6 +157,7 @@ def test_two_gpus_train_as_one(corpus, tmp_path):
     assert [m["train_loss"] for m in one] == pytest.approx([m["train_loss"] for m in two], abs=0.02)
 
 
+@LARGE
 def test_the_base_model_takes_a_row_of_64k_tokens():
     model = KBERTForMaskedLM(KBERTConfig(**PRESETS["base"])).cuda()
     model.encoder.compute_dtype = torch.bfloat16

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+from datetime import timedelta
 from pathlib import Path
 
 import huggingface_hub
@@ -782,7 +783,15 @@ def test_a_driver_that_torch_cannot_use_is_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, peak", [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA RTX A1000", None)]
+    "name, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA RTX A1000", None),
+    ],
 )
 def test_a_gpu_is_known_by_its_whole_name(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
@@ -816,6 +825,39 @@ def test_ranks_share_what_rank_0_finds_out(tmp_path):
     assert result.returncode == 0, result.stderr
     expected = ["InputError", "Missing", "Missing", "ZeroDivisionError", "nothing", "nothing"]
     assert sorted(result.stdout.split()) == expected
+
+
+@pytest.mark.parametrize(
+    "said", ("CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "NCCL error: Failed to CUDA malloc, out of memory")
+)
+def test_a_row_that_does_not_fit_makes_room_for_the_next(said):
+    """Whoever runs out of it: torch's allocator, cuBLAS, NCCL."""
+    tried = []
+
+    def attempt(row_tokens: int) -> None:
+        tried.append(row_tokens)
+        if row_tokens > 256:
+            raise RuntimeError(said)
+
+    assert trainer.fit_row_tokens([1024, 512, 256, 128], ALONE, attempt) == 256 and tried == [1024, 512, 256]
+    with pytest.raises(InputError, match="rows of 512 tokens do not fit"):
+        trainer.fit_row_tokens([1024, 512], ALONE, attempt)
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit_row_tokens([128], ALONE, lambda row_tokens: 1 / 0)
+
+
+def test_ranks_that_nccl_cannot_connect_are_told_of_shared_memory(monkeypatch):
+    def fail(*_, **__):
+        raise torch.distributed.DistBackendError(
+            "NCCL error in init.cc\nLast error:\nError while creating shared memory"
+        )
+
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
+    monkeypatch.setattr(torch.distributed, "PrefixStore", lambda *_: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", fail)
+    with pytest.raises(InputError, match="rank 0 with the others .* creating shared memory.* --shm-size=1g"):
+        trainer.join_group(torch.device("cpu"), 0, 2, timedelta(minutes=1))
 
 
 MEMORY = """
