@@ -287,7 +287,7 @@ def test_two_processes_train_as_one(base, films, tmp_path):
         "if os.environ.get('RANK') == '1': finetuner.Split.fingerprint = None\n"
         "finetuner.main(sys.argv[1:])\n"
     )
-    few = {"data_max_train_examples": 49, "train_log_every": 1, "train_lr": 1e-4}  # the last batch is one example
+    few = {"data_max_train_examples": 49, "train_log_every": 1, "train_lr": 0.01}  # the last batch is one example
     runs = [tmp_path / f"ranks{ranks}" for ranks in (1, 2)]
     for ranks, run in enumerate(runs, 1):
         more = few | {"data_dataset": films, "data_text_pair": "text_pair", "train_run_name": run.name}

@@ -1,5 +1,6 @@
 """Replaced-token detection: what is drawn, the loss, validation, ranks, resume and the models that it leaves."""
 
+import json
 import shutil
 import weakref
 
@@ -7,11 +8,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
+from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, pipeline
 
+import finetuner
 import trainer
-from conftest import SPECIALS, TINY_SHAPE, flags, lines, losses, metrics_of, run_python
-from dataloading import InputError, Loader, frozen_mask, frozen_words, read_manifest
+from conftest import (
+    SPECIALS,
+    TINY_SHAPE,
+    as_flags,
+    flags,
+    lines,
+    losses,
+    metrics_of,
+    run_python,
+    sentences,
+    write_documents,
+)
+from dataloading import InputError, Loader, frozen_mask, frozen_words, read_manifest, sha256_of
 from model import KBERTConfig, KBERTForReplacedTokenDetection, draw_words, soft_cap
 from objectives import MaskedLM, ReplacedTokenDetection, detection_scores, mask_count
 from records.log import GENERATOR_AND_DETECTOR, MASKED_LAST_LAYER, WHOLE_LAST_LAYER, Work, read_log
@@ -180,6 +193,36 @@ def test_what_is_saved_opens_as_other_models_do(detected):
     expected = F.binary_cross_entropy_with_logits(out.logits[0, 1:4], labels[0, 1:4].float())
     torch.testing.assert_close(out.loss, expected)
     assert not torch.equal(detector.get_input_embeddings().weight, generator.get_input_embeddings().weight)
+
+
+def test_a_detector_is_found_and_finetuned_and_its_generator_fills_masks(word_tokenizer, tmp_path):
+    """As any other run: the newest one serves the finetuner; the generator is a masked LM for pipelines and judges."""
+    shards, digest = {"train": [sentences(1, 200, 17)], "valid": [sentences(3, 40, 17)]}, "tokenizer.json"
+    data = write_documents(tmp_path / "data", shards, vocab_size=17, tokenizer=sha256_of(word_tokenizer / digest))
+    shutil.copytree(word_tokenizer, data / "tokenizer")
+    out = tmp_path / "logs"
+    trainer.main(flags(data, out, "found", RTD, "--train.steps 2 --train.save_every 0"))
+    generator = str(out / "found" / "generator")
+    (best, *_) = pipeline("fill-mask", generator, trust_remote_code=True, device="cpu")("the cat [MASK] on a mat")
+    assert len(best["token_str"]) > 0
+    pairs, films = tmp_path / "pairs.jsonl", tmp_path / "films.csv"
+    pairs.write_text('{"sentence_good": "the cat sat", "sentence_bad": "cat the sat"}\n' * 4)
+    films.write_text("text,label\n" + "the cat sat,1\na dog ran,0\n" * 20)
+    common = {"train.out": out, "train.device": "cpu", "train.compile": False}
+    for task, more in (("blimp", {"data.dataset": pairs, "train.base_model": generator}), ("custom", {})):
+        custom = {"data.dataset": films, "train.epochs": 1, "train.optimizer": "muon"} if task == "custom" else {}
+        finetuner.main(as_flags({"task": task, "train.run_name": task, **common, **more, **custom}))
+        report = json.loads((out / task / "metrics.json").read_text())
+        assert report["results"]["pretrained"]
+    assert report["base_model"] == str(out / "found" / "model")
+
+
+def test_hooks_on_a_detectors_embedding_take_effect():
+    encoder, token = small_objective().model.encoder, torch.arange(128)
+    row = token % 60, token * 0, token
+    assert not torch.equal(encoder.encode(*row, 128)[0], encoder.encode(*row, 128)[1])
+    encoder.get_input_embeddings().register_forward_hook(lambda module, ids, states: states * 0)
+    assert (encoder.encode(*row, 128) == 0).all()
 
 
 def test_validation_holds_the_graph_of_one_row(corpus):

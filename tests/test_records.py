@@ -352,6 +352,7 @@ def test_flops_of_logs_from_before_ways_to_count_had_names(record):
         ("environment", "world_size", 8, "world_size is 8, the track's is 1"),
         ("config", "train.muon_lr", 0.5, "other settings than 1.txt: muon_lr"),
         ("config", "lr", 1e-3, "other settings than 1.txt: lr"),  # the baseline's
+        ("config", "train.objective", "rtd", "other settings than 1.txt: objective"),
         ("config", "train.declared_runs", 5, "5 runs were declared when it started, 3 in record.json"),
         (
             "config",
