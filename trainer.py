@@ -99,6 +99,7 @@ class TrainConfig:
     objective: Literal["mlm", "rtd"] = option(
         "mlm", "mlm: find masked words; rtd: tell words that a generator replaced"
     )
+    # As published: half the layers (DeBERTaV3, He et al. 2021), weight 50 and 15% replaced (ELECTRA, Clark et al. 2020)
     generator_layers: PositiveInt | None = option(None, "layers of rtd's generator; none: half the model's")
     detection_weight: PositiveFloat = option(50.0, "detector's loss weight; the generator's is 1")
     steps: PositiveInt = option(10_000, "optimizer steps")
@@ -468,7 +469,7 @@ def choose_cuda(device: str) -> bool:
         known = driver.read_text().splitlines()[0] if driver.exists() else "no NVIDIA driver"
         raise InputError(
             f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU that it can use ({known}): update the "
-            "driver, install a torch built for it, or train on the CPU with --train.device cpu"
+            "driver, install a torch built for it (pytorch.org/get-started), or train on the CPU with --train.device cpu"
         )
     return False
 
