@@ -624,8 +624,8 @@ def muon_step(model: nn.Module, train: FinetuneConfig, process: Process, compile
     """The optimizer of pretraining: Muon for the layers' matrices, Adam at a twentieth of its rate for all else.
 
     A model adapts best by the optimizer that trained it (arXiv 2605.10468, 2606.09658). The rate was chosen on micro
-    encoders of both objectives and 2,500 to 45,000 examples, and checked at 6 x 384, 4 x 512 and 12 x 256; no `base` has
-    been tried (records/notebook.md, "Rates, optimizers and the number of examples").
+    encoders of both objectives and 2,500 to 45,000 examples, and checked at 6 x 384, 4 x 512 and 12 x 256; no `base`
+    has been tried (records/notebook.md, "Rates, optimizers and the number of examples").
     """
     adam = {"betas": (0.9, 0.98), "lr": train.lr / 20}
     optimizer = Optimizer(
