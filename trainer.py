@@ -469,7 +469,7 @@ def choose_cuda(device: str) -> bool:
         known = driver.read_text().splitlines()[0] if driver.exists() else "no NVIDIA driver"
         raise InputError(
             f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU that it can use ({known}): update "
-            "the driver, install a torch built for it (pytorch.org/get-started), or train on the CPU: --train.device cpu"
+            "the driver, install a torch built for it (pytorch.org/get-started), or train with --train.device cpu"
         )
     return False
 
