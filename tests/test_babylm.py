@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from pathlib import Path
@@ -68,6 +69,7 @@ def test_from_six_files_to_a_model_with_its_branches(tmp_path):
             assert done.returncode == 0, done.stderr
 
         hub.add("dataset", SET, {f"{name}.train.txt": utterances(i) for i, name in enumerate(FILES)})
+        source += ["--revision", hub.repos["dataset", SET]["main"]["sha"]]
         succeed("data/train_tokenizer.py", *source, "--vocab_size", 320, "--out", trained)
         succeed("data/pack_fineweb_edu.py", *source, "--tokenizer", trained, "--out", data)
         tokens, words_per_token = count_text(read_manifest(data))
@@ -79,6 +81,13 @@ def test_from_six_files_to_a_model_with_its_branches(tmp_path):
         branches = ["chck_0.001M", "chck_0.01M", f"chck_{last / 1e6:g}M"]
         assert sorted(hub.repos["model", "me/baby"]) == sorted([*branches, "main"])
         succeed("-c", PIPELINE, *branches)
+        for judge, uid in (("blimp_filtered", "island"), ("supplement_filtered", "turn_taking")):
+            rows = [{"sentence_good": "the copy of this", "sentence_bad": "copy this the of", "UID": uid}] * 3
+            (tmp_path / judge).mkdir()
+            (tmp_path / judge / f"{uid}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+            asked = {"task": "blimp", "data.dataset": tmp_path / judge, "train.base_model": tmp_path / "run" / "model"}
+            succeed("finetuner.py", *as_flags(asked | {"train.out": tmp_path, "train.run_name": f"by {uid}"}))
+            assert json.loads((tmp_path / f"by {uid}" / "metrics.json").read_text())["results"]["pretrained"]
     assert 0.97 * 2 * tokens < int(lines(tmp_path / "run")[-1]["words"]) / words_per_token <= 2 * tokens
 
 
