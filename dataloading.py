@@ -369,7 +369,7 @@ class RowStream:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Without waiting for a GPU, which a copy from memory that is not pinned does."""
+    """Copies without waiting for a GPU, as a copy from unpinned memory would."""
     tensor = torch.from_numpy(array)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
@@ -394,7 +394,7 @@ class Row:
     """One rank's row, and what every rank knows of the round of `world_size` rows that it belongs to."""
 
     index: int  # number of the row in the global sequence
-    input_ids: torch.Tensor  # [T] int32, corrupted by nobody yet
+    input_ids: torch.Tensor  # [T] int32, not corrupted yet
     document_ids: torch.Tensor  # [T] int32, ascending; padding is the last document
     positions: torch.Tensor  # [T] int32, restarting at 0 in each document
     text: torch.Tensor  # [T] bool, False at [CLS], [SEP] and padding
@@ -531,7 +531,7 @@ def frozen_words(row: Row) -> np.ndarray:
 
 
 def data_hash(manifest: dict) -> str:
-    """Of tokenizer and shards: two runs with the same one read the same tokens."""
+    """Hash of tokenizer and shards: runs that share it read the same tokens."""
     shards = sorted((name, entry["sha256"]) for name, entry in manifest["shards"].items())
     return hashlib.sha256(json.dumps([manifest["tokenizer"]["sha256"], shards]).encode()).hexdigest()
 
@@ -558,7 +558,7 @@ def unigram_surprise(shards: list[Path], specials: dict) -> np.ndarray:
 
 
 def describe_validation(directory: Path, manifest: dict, loader: Loader) -> dict:
-    """Size and fingerprint of a loader's set with its masks, and the loss of one who knows unigram frequencies alone.
+    """Size and fingerprint of a loader's set with its masks, and the loss of predicting by unigram frequencies alone.
 
     The fingerprint sums a hash of (place, token, masked) over the text, so it does not depend on how rows are packed.
     """

@@ -1,4 +1,4 @@
-"""Finetunes an encoder on one task and reports it: MNLI unless told otherwise, GLUE, IMDB, SQuAD, your own file.
+"""Finetunes an encoder on a task and reports its scores: MNLI by default, or GLUE, IMDB, SQuAD, your own file.
 
     laptop, no data    torchrun --standalone --nproc_per_node=1 finetuner.py --preset micro
     one GPU            torchrun --standalone --nproc_per_node=1 finetuner.py --train.base_model USER/NAME
@@ -110,7 +110,7 @@ class FinetuneConfig:
     epochs: PositiveFloat = option(3.0, "passes over train, at most")
     batch_size: PositiveInt = option(32, "examples in an optimizer step, over all ranks")
     optimizer: Literal["auto", "muon", "adamw"] = option("auto", "auto: muon for a KBERT, adamw for other encoders")
-    lr: PositiveFloat | None = option(None, "peak learning rate; none: 0.01 by muon, in spectral norm, 5e-5 by adamw")
+    lr: PositiveFloat | None = option(None, "peak learning rate; none: 0.01 (muon, in spectral norm) or 5e-5 (adamw)")
     weight_decay: NonNegativeFloat = option(0.01, "of matrices: a step shrinks them by lr times this")
     lr_schedule: Literal["one_cycle", "cosine"] = option(
         "one_cycle", "fall after warm-up: linear (one_cycle) or cosine"
@@ -120,13 +120,13 @@ class FinetuneConfig:
     clip: PositiveFloat = option(
         1.0, "norm that gradients are clipped to (adamw; muon's steps have a size of their own)"
     )
-    pooling: Literal["mean", "cls"] = option("mean", "state that is classified: mean of the tokens' or [CLS]'s (KBERT)")
+    pooling: Literal["mean", "cls"] = option("mean", "state to classify: the mean over tokens, or [CLS]'s (KBERT)")
     trainable: Literal["all", "classifier", "last_2", "last_3"] = option(
-        "all", "what is trained: all, the classifier, or it and the last_2 or last_3 layers"
+        "all", "what is trained: all, the classifier alone, or also the last 2 or 3 layers"
     )
     evals_per_epoch: PositiveInt = option(1, "evaluations on the validation split in an epoch")
     patience: PositiveInt | None = option(
-        None, "evaluations without improvement that end a run, which keeps its best weights; none: the last count"
+        None, "evaluations without improvement that end a run, which keeps its best weights; none: its last"
     )
     seeds: PositiveInt = option(1, "runs with seeds seed, seed + 1, ...; the median counts")
     seed: NonNegativeInt = option(1, "of the classifier's weights, dropout and order of examples")
@@ -139,7 +139,7 @@ class FinetuneConfig:
     resume: bool = option(False, "continue the newest unfinished run of the same settings, or --train.run_name")
     out: str = option("logs", "folder of runs")
     run_name: str | None = option(None, "folder of this run within out; none: date, time and task")
-    hf_model_name: str | None = option(None, "USER/NAME on the Hub to push to; of --task glue a branch for each task")
+    hf_model_name: str | None = option(None, "USER/NAME on the Hub to push to; with --task glue, a branch per task")
     hub_minutes: PositiveFloat = option(2.0, "minutes that the Hub may be silent before an upload is given up")
 
 
@@ -185,7 +185,7 @@ PROTOCOLS = {
 
 
 def free_names(protocol: Protocol, given: set[str]) -> list[str]:
-    """What the grid ranges over: its names, but for those that flags fix. given: as parse_flags gives them."""
+    """Names of the settings that the grid ranges over: those that no flag fixes. given: from parse_flags."""
     return [name for name in protocol.grid if f"train.{name}" not in given]
 
 
@@ -193,7 +193,7 @@ MUON_LR = 0.01  # in spectral norm: where AdamW's customary rate is 5e-5
 
 
 def choose_rates(train: FinetuneConfig, protocol: Protocol, kbert: bool) -> FinetuneConfig:
-    """The optimizer and its peak rate, where no flag names them: Muon for what Muon pretrained."""
+    """Fills in optimizer and peak rate where no flag sets them: Muon for what Muon pretrained."""
     optimizer = train.optimizer if train.optimizer != "auto" else "muon" if kbert else "adamw"
     if optimizer == "muon" and not kbert:
         raise InputError("--train.optimizer muon knows the matrices of a KBERT alone: leave it out for other encoders")
@@ -216,7 +216,7 @@ def grid_of(protocol: Protocol, task: str, given: set[str], train: FinetuneConfi
 # ---------------------------------------------------------------------------------------------------------------------
 # Where it starts from
 
-HEADS = {  # of a kind of task, ours; those of other encoders are transformers' AutoModelFor...
+HEADS = {  # KBERT's, for each kind of task; other encoders take transformers' AutoModelFor...
     "SequenceClassification": KBERTForSequenceClassification,
     "QuestionAnswering": KBERTForQuestionAnswering,
     "MaskedLM": KBERTForMaskedLM,
@@ -237,13 +237,13 @@ class Base:
 
     @property
     def title(self) -> str:
-        """The Hub id, or the folder's name: of logs/RUN/model the run's."""
+        """The Hub id, or the folder's name; for logs/RUN/model, RUN."""
         path = Path(self.name).resolve()
         return self.name if not path.exists() else path.parent.name if path.name == "model" else path.name
 
 
 def newest_run(out: Path, preset: str) -> Path:
-    """model/ of the newest finished pretraining run; of micro runs alone under the preset micro."""
+    """model/ of the newest finished pretraining run; with preset micro, of micro runs only."""
     found = []
     for path in out.glob("*/model/config.json"):
         pretrained = {"KBERTForMaskedLM", "KBERTForReplacedTokenDetection"}
@@ -372,7 +372,7 @@ class Network:
         self.max_length, self.pad = base.max_length, base.tokenizer.pad_token_id
         usual = 16384 if device.type == "cuda" else 4096
         self.row_tokens = max(train.row_tokens or usual, -(-base.max_length // 128) * 128)
-        # As many logits as the vocabulary has entries for each masked token: of more, a CPU's memory is the bottleneck
+        # Each masked token has a logit per vocabulary entry: with more tokens, a CPU's memory is the bottleneck
         most = 128 if device.type == "cpu" else 2048
         self.row_examples = most if kind.head == "MaskedLM" else math.inf
         self.compiled_sizes: list[int] = []
@@ -383,7 +383,7 @@ class Network:
             self.packed_logits = logits[kind.head]
 
     def compile(self, lengths: np.ndarray, batch: int, longest: int) -> None:
-        """Has rows padded to two sizes with a graph for each: what suits batches of `batch` examples of these lengths.
+        """Picks two sizes to pad rows to, with a graph for each, to suit batches of `batch` examples of these lengths.
 
         longest: tokens that an example of any split has at most.
         """
@@ -392,7 +392,7 @@ class Network:
         batches = [rng.permutation(len(lengths))[:batch] for _ in range(tries)]
         rows = [row for chosen in batches for row in self.rows(lengths, chosen)]
         tokens = -(-np.array([lengths[row].sum() for row in rows]) // 128) * 128
-        # A GPU predicts in whole rows; what is longer than any row tried is divided
+        # A GPU predicts in full rows; a batch that exceeds every row tried is split
         largest = self.row_tokens if self.flex else max(int(tokens.max()), longest)
         largest = -(-largest // 128) * 128
         small = min(set(tokens.tolist()), key=lambda size: np.where(tokens <= size, size, largest).sum())
@@ -434,7 +434,7 @@ class Network:
         return [np.array(row) for row in rows if row]
 
     def outputs(self, split: Split, row: np.ndarray, batch_index: np.ndarray, batch: int) -> Tensor:
-        """Logits of a row's examples: [n, C], or of spans, start and end [n, 2, S], -inf beyond an example's end, or of
+        """Logits of a row's examples: [n, C]; for spans, start and end [n, 2, S], -inf beyond an example's end; for
         masked tokens [n, V].
 
         batch_index [n]: where the row's examples stand among the B = `batch` of a step.
@@ -461,7 +461,7 @@ class Network:
     def states(
         self, input_ids: Tensor, document_ids: Tensor, positions: Tensor, longest: int, wanted: Tensor | None = None
     ) -> Tensor:
-        """As KBERTModel.encode. A compiled graph gives all states: it would be compiled anew for each number wanted."""
+        """Like KBERTModel.encode. A compiled graph returns all states: it would recompile for each number wanted."""
         row = (input_ids, document_ids, positions)
         if not self.sizes:
             return self.model.encoder.encode(*row, longest, wanted=wanted)
@@ -474,8 +474,8 @@ class Network:
     ) -> Tensor:
         """hidden [T, d], places: example and position of each token that is not padding -> [n, C].
 
-        The classifier sees the whole batch, zero where another row or rank has the example: so dropout, drawn from the
-        step's seed, meets each example alike wherever it lies.
+        The classifier sees the whole batch, with zeros for examples of other rows or ranks: an example's dropout, drawn
+        from the step's seed, is the same wherever it lies.
         """
         starts, sizes = np.cumsum(lengths) - lengths, to_device(lengths, self.device)
         if self.model.config.classifier_pooling == "cls":
@@ -534,7 +534,7 @@ class Network:
             return self.model(**inputs).logits[:, 0].float()
 
     def loss(self, split: Split, row: np.ndarray, batch_index: np.ndarray, batch: int) -> Tensor:
-        """Of a row's examples, as their share of the mean over the step's batch."""
+        """A row's loss, as its share of the mean over the step's batch."""
         labels = to_device(split.labels[row], self.device)
         return self.kind.loss(self.outputs(split, row, batch_index, batch), labels) / batch
 
@@ -543,8 +543,8 @@ class Network:
 def predict(
     net: Network, split: Split, process: Process, chosen: np.ndarray | None = None, dtype: torch.dtype | None = None
 ) -> list:
-    """What the kind of task keeps of the logits of the examples `chosen`, of all if None. Ranks share the rows; all get
-    all. dtype: of a KBERT's activations; None: fp32.
+    """What the kind of task keeps of the logits of the examples `chosen` (None: all). Ranks share the rows; each
+    gets all. dtype: of a KBERT's activations; None: fp32.
     """
     net.train(False)
     if dtype is not None:
@@ -561,7 +561,7 @@ def predict(
 
 
 def score_pairs(net: Network, pairs: Pairs, process: Process) -> list:
-    """As predict, but in fp32 only where rounding might decide a pair: within four times the most that bf16 was off."""
+    """Like predict, but in fp32 only where rounding might decide a pair: within four times the largest bf16 error."""
     scores = np.array(predict(net, pairs, process, dtype=torch.bfloat16))
     exact, band = np.zeros(len(scores), dtype=bool), 0.5
     while (todo := np.flatnonzero(pairs.closer_than(band, scores) & ~exact)).size:
@@ -581,7 +581,7 @@ def evaluate(
     metrics, predictions = {}, {}
     for name in sorted(splits, key=lambda name: name != data.dev):
         split = data.splits[name]
-        # An eager forward, such as a CPU's, gains; another graph would not
+        # Pays off for eager forwards, as on a CPU, not for another graph
         quick = isinstance(split, Pairs) and net.kbert and not net.sizes
         kept = (score_pairs if quick else predict)(net, split, process)
         found, predictions[name] = net.kind.measure(kept, split, metrics.get(data.dev, dev or {}))
@@ -623,7 +623,7 @@ def make_step(model: nn.Module, train: FinetuneConfig, process: Process, compile
 def muon_step(model: nn.Module, train: FinetuneConfig, process: Process, compiled: bool) -> Callable[[float], None]:
     """The optimizer of pretraining: Muon for the layers' matrices, Adam at a twentieth of its rate for all else.
 
-    A model adapts best by the optimizer that trained it (arXiv 2605.10468, 2606.09658). The rate was chosen on micro
+    A model adapts best with the optimizer that trained it (arXiv 2605.10468, 2606.09658). The rate was chosen on micro
     encoders of both objectives and 2,500 to 45,000 examples, and checked at 6 x 384, 4 x 512 and 12 x 256; no `base`
     has been tried (records/notebook.md, "Rates, optimizers and the number of examples").
     """
@@ -887,7 +887,7 @@ class TaskRuns:
         self.done.append(run)
 
     def load(self, model: nn.Module) -> None:
-        """Into the network that is compiled already, if there is one."""
+        """Loads it into the network, which the first call builds."""
         if self.net is None:
             self.net = Network(model, self.base, self.data.kind, self.cells[0], self.process.device)
             self.compile()
@@ -895,7 +895,7 @@ class TaskRuns:
             self.net.model.load_state_dict(model.state_dict())
 
     def compile(self) -> None:
-        """On a CPU only for long trainings: of the micro shape, graphs gain what they cost on some 2 million tokens."""
+        """On a CPU only for long training: at the micro shape, graphs pay off from some 2 million tokens on."""
         splits, first = self.data.splits, self.cells[0]
         judged = splits["train" if self.data.trains else self.data.dev].lengths
         tokens = judged.sum() * sum(cell.epochs for cell in self.cells) * len(self.starts) * self.data.trains
@@ -921,7 +921,7 @@ class TaskRuns:
             self.data.kind.write(folder, split, self.data.splits[split], values)
 
     def predict_unlabelled(self) -> dict:
-        """By the chosen model, of the splits without labels."""
+        """The best model's predictions on unlabelled splits."""
         data = self.data
         unlabelled = [split for split in data.splits if split != "train" and split not in data.labelled]
         if not unlabelled:
@@ -1046,7 +1046,7 @@ def grid_table(runs: list[dict]) -> str:
 
 
 def results_table(results: dict) -> str:
-    """What was started from against split and metric, or, of many metrics, the other way round: the median and, of
+    """Starting point against split and metric or, with many metrics, the other way round: the median and, with
     several seeds, the range.
     """
     cells: dict[str, dict] = {start: {} for start in results}
@@ -1128,7 +1128,7 @@ OPERATIONAL = ("row_tokens", "device", "timeout_minutes", "compile", "log_every"
 
 
 def alike(settings: dict) -> dict:
-    """What a run has to share with one that continues it: not how it is run."""
+    """What a run must share with one that continues it: all but OPERATIONAL."""
     train = settings.get("train")
     kept = {name: value for name, value in (train or {}).items() if name not in OPERATIONAL}
     return {**settings, "train": kept} if isinstance(train, dict) else settings
@@ -1180,7 +1180,7 @@ class Finetuner:
         self.hub = HubPusher(self.train.hf_model_name, self.train.hub_minutes) if self.train.hf_model_name else None
 
     def settings_to_repeat(self, settings: dict) -> dict:
-        """config.yaml: not the run's place, nor what the protocol's grid ranges over, which it would fix."""
+        """For config.yaml: without the run's place, and without the grid's settings, which it would fix."""
         left_out = ("out", "run_name", "resume", *free_names(self.protocol, self.given))
         train = {name: value for name, value in settings["train"].items() if name not in left_out}
         return {**settings, "train": {**train, "base_model": self.base_name}}

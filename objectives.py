@@ -39,14 +39,14 @@ from records.log import GENERATOR_AND_DETECTOR, MASKED_LAST_LAYER
 def mask_count(rate: float, row_tokens: int, text: int | None = None) -> int:
     """Masked positions in a row, a multiple of 16.
 
-    text: its tokens of text. Of a row less than half full, as an epoch's last may be, the rate is that of its text.
+    text: its tokens of text. In a row less than half full, such as an epoch's last, the rate applies to these.
     """
     tokens = row_tokens if text is None or 2 * text > row_tokens else text
     return max(16, round(rate * tokens / 16) * 16)
 
 
 def random_of(row: Row, seed: int, purpose: int = 0) -> torch.Generator:
-    """On the row's device, from (seed, number of the row), which no two steps share, whatever the number of ranks."""
+    """A generator on the row's device from (seed, row number), which no two steps share, on any number of ranks."""
     # Down to 32 bits: the CPU's generator ignores what lies above.
     (hashed,) = hash64(np.array([(seed << 40) + (purpose << 38) + row.index])) >> np.uint64(32)
     return torch.Generator(row.input_ids.device).manual_seed(int(hashed))
@@ -80,7 +80,7 @@ def corrupt(row: Row, masked: Tensor, mask_id: int) -> tuple[Tensor, ...]:
 
 
 def compile_each_shape(function: Callable) -> Callable:
-    """torch.compile with a graph for each shape. To run out of graphs is an error: what follows would run eagerly."""
+    """torch.compile with a graph for each shape. Running out of graphs is an error: the rest would run eagerly."""
     torch._dynamo.config.recompile_limit = 128
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(function, dynamic=False)
@@ -183,9 +183,9 @@ class GeneratorsAndOwn(nn.Embedding):
 
 
 class ReplacedTokenDetection:
-    """A small masked LM, the generator, fills masked places by words drawn from its guesses; a detector finds those.
+    """A small masked LM, the generator, fills masks with words drawn from its guesses; a detector finds them.
 
-    It is the detector that is kept. The two share no gradient, so that `weight` only matters beside adam_eps.
+    Only the detector is kept. The two share no gradient, so `weight` matters only relative to adam_eps.
     """
 
     flops_counted_by = GENERATOR_AND_DETECTOR
@@ -209,7 +209,7 @@ class ReplacedTokenDetection:
         self.detect = compile_rows(self.model.loss, self.model.encoder, compiled)
 
     def loss(self, row: Row, count: int, window: int, targets: int, text: int) -> tuple[Tensor, Tensor]:
-        """As MaskedLM's; measures: both losses, and of the text how much was told rightly and how much was replaced."""
+        """As MaskedLM's; measures: both losses, and the fractions of the text classified correctly and replaced."""
         masked_row = draw_masks(row, count, self.seed, self.mask_id)
         uniform = torch.rand(count, generator=random_of(row, self.seed, purpose=1), device=row.text.device)
         call = {"max_seqlen": self.max_length, "window": window}
@@ -237,7 +237,7 @@ class ReplacedTokenDetection:
             total += self.generate(*masked_row, uniform, **call)[0].detach()
             filled = torch.from_numpy(frozen_words(row)).to(device)
             replaced = filled != row.input_ids
-            # Let go of at once, a row's graph does not stand beside the next one's
+            # Detached, so that a row's graph is freed before the next is built
             scores = self.detect(filled, row.document_ids, row.positions, replaced, row.text, **call)[1].detach()
             place = (scores.sigmoid() * self.bins).long().clamp(max=self.bins - 1) + self.bins * replaced
             histogram += torch.bincount(place[row.text], minlength=2 * self.bins)
@@ -278,7 +278,7 @@ def detection_scores(histogram: np.ndarray) -> dict[str, float]:
     left, replaced = histogram.astype(float)
     half = len(left) // 2
     found, missed, false = replaced[half:].sum(), replaced[:half].sum(), left[half:].sum()
-    below = left.cumsum() - left / 2  # of a pair in one bin, half counts
+    below = left.cumsum() - left / 2  # pairs in one bin count half
     return {
         "val_accuracy": (left[:half].sum() + found) / histogram.sum(),
         "val_f1": 2 * found / max(1.0, 2 * found + missed + false),

@@ -629,7 +629,7 @@ class RunFinished(InputError):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Hugging Face Hub: in the background, and never the end of a run
+# Hugging Face Hub: in the background; no failure ends a run
 
 
 class HubPusher:
@@ -641,7 +641,7 @@ class HubPusher:
         self.pending: list[tuple[Path, str, Future]] = []
 
     def check(self) -> None:
-        """Token and name, before training starts, not after. Raises InputError."""
+        """Checks token and name before training starts. Raises InputError."""
         from huggingface_hub import HfApi
 
         self.api = HfApi()
@@ -696,7 +696,7 @@ class HubPusher:
         return f"not pushed, kept on disk; push it later with:  {command}"
 
 
-TO_PUSH = "to_push"  # of a run: what the Hub does not have yet, by the names of branches
+TO_PUSH = "to_push"  # in a run's folder: what the Hub lacks, one folder per branch
 
 
 def unpushed(run: Path) -> list[Path]:
@@ -817,7 +817,7 @@ def candidate_rows(train: TrainConfig, process: Process) -> list[int]:
 
 
 def fit_row_tokens(sizes: list[int], process: Process, attempt: Callable[[int], None]) -> int:
-    """The first of `sizes` that every rank can take. attempt: a forward and backward, without talk between ranks."""
+    """The first of `sizes` that fits on every rank. attempt: a forward and backward, without communication."""
     margin = 2**31 if len(sizes) > 1 and process.device.type == "cuda" else 0  # bytes: memory fragments in a long run
     for size in sizes:
         failed, _spare = 0.0, None
@@ -897,7 +897,7 @@ class Run:
             self.process.on_main(self.open_hub)
 
     def open_hub(self) -> None:
-        """With what a run that was killed left to push."""
+        """Also pushes what a killed run left."""
         self.hub.check()
         for path in unpushed(self.folder):
             self.hub.push(path, path.name)
@@ -965,7 +965,7 @@ class Run:
         self.rows_per_rank = train.grad_accum or train.batch_tokens // (self.row_tokens * process.world_size)
 
     def restore(self) -> None:
-        """Progress, from the checkpoint if there is one, and the loader that goes on from there."""
+        """Restores progress, from the checkpoint if any, and the loader that continues there."""
         process = self.process
         self.step, self.clock, self.work, self.loader_state = 0, Clock(process.device), Work(), None
         self.validated, self.validated_step = {}, -1  # val_loss and its kin, and when
@@ -1037,7 +1037,7 @@ class Run:
         }
 
     def open_log(self) -> bool:
-        """On rank 0, which alone has one; returns whether it continues one. What is newer than that goes aside."""
+        """On rank 0 alone; returns whether it continues a log. What is newer than the checkpoint is set aside."""
         train, process = self.train, self.process
         for path in set_aside_later(self.folder, self.step if self.checkpoint else -1):
             print(f"going on from step {self.step}: a later checkpoint is set aside as {path}")
@@ -1105,7 +1105,7 @@ class Run:
     def train_loop(self) -> bool:
         """Trains to the end, or until a signal, upon which it saves first. Returns whether the run is finished."""
         gc.collect()
-        gc.freeze()  # what was made so far lives on: the collector need not look at it in each of its rounds
+        gc.freeze()  # what exists by now stays: the collector need not scan it every time
         with stop_signals() as signals:
             finished = self.train_until(signals)
         gc.unfreeze()
@@ -1113,7 +1113,7 @@ class Run:
         return finished
 
     def agree(self, signals: list[int]) -> tuple[float, float]:
-        """Seconds of training and the stop signal, equal on all ranks, which sync each step if the clock decides."""
+        """Seconds of training and the stop signal; ranks agree on them at every step if the clock ends the run."""
         if self.process.world_size > 1 and self.train.max_minutes is None and self.step % self.agree_every:
             return self.clock.now(), 0
         seconds, stopped = self.process.max(self.clock.now(), max(signals, default=0))
@@ -1279,7 +1279,7 @@ class Run:
     def write_checkpoint(self, optimizer_state: dict[str, Tensor], push: bool) -> None:
         """Model in Hugging Face form, optimizer.safetensors, state.json. Masks follow from rows: no random state.
 
-        Where it cannot be written, the run goes on if another stands.
+        If writing fails, the run goes on if there is another checkpoint.
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -1331,7 +1331,7 @@ class Run:
         self.process.on_main(self.write_models)
         tests = [entry for entry in self.manifest["shards"].values() if entry["split"] == "test"]
         text = sum(entry["tokens"] - 2 * entry.get("documents", 0) for entry in tests)
-        has_test = text >= 200  # of a few tokens, none may be masked
+        has_test = text >= 200  # fewer might have none masked
         self.test_loss = self.validate(self.validation_loader("test", self.process))["val_loss"] if has_test else None
         self.process.on_main(self.write_result)
 
@@ -1447,7 +1447,7 @@ def answers(model: KBERTForMaskedLM, tokenizer) -> list[str]:
 
 
 def locate_data(name: str, process: Process) -> Path:
-    """A folder as named; data/sample, from wherever the command is given, is the checkout's, built where missing."""
+    """The folder as named; data/sample is the checkout's wherever the command runs, and is built if missing."""
     sample = ROOT / SAMPLE
     if name != SAMPLE or (Path(name) / "manifest.json").exists():
         return Path(name)
@@ -1490,7 +1490,7 @@ def train_to_the_end(run_class: type[Run], settings: dict, argv: list[str], code
 
 
 def run_program(main: Callable[[], None], again: str) -> None:
-    """Bad input ends it in one line, Ctrl-C in another. again: the flag to start it with."""
+    """Ends with one line on bad input or Ctrl-C. again: the flag to start it with."""
     try:
         main()
     except InputError as error:

@@ -1,6 +1,6 @@
 """What examples are: rows of a file, of a set on the Hub or of packed shards become tokens and labels.
 
-The lowest of three floors: squad.py (spans) and tasks.py (the tasks) build on it. They take a tokenizer and a length,
+The lowest of three layers: squad.py (spans) and tasks.py (the tasks) build on it. They take a tokenizer and a length,
 and know nothing of models and training.
 """
 
@@ -23,7 +23,7 @@ from dataloading import LABEL_END, NO_LABEL, InputError, first_line, read_manife
 
 
 class MissingData(InputError):
-    """Data that is not there, where --task glue goes on without it."""
+    """Data that is not there; --task glue can continue without it."""
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Split:
         return hashlib.sha256(b"".join(hashes)).hexdigest()[:16]
 
     def shuffled(self, most: int | None) -> np.ndarray:
-        """Numbers of the labelled examples; of the first `most` after shuffling, as they come."""
+        """Numbers of the labelled examples: all in order, or the first `most` after shuffling."""
         known = np.flatnonzero(self.known)
         return known if most is None else np.random.default_rng(0).permutation(known)[:most]
 

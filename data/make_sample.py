@@ -4,8 +4,8 @@ some packages that are installed here, a tokenizer trained on it, and a labelled
     python data/make_sample.py
     python data/make_sample.py --vocab_size 16384 --out data/sample_16k
 
-Beside shards and manifest lies pairs/{train,validation,test}.jsonl: does this description (`text_pair`) belong to this
-summary (`text`)? Label 1: both are of one documentation string; label 0: the description is of another package's.
+Beside the shards, pairs/{train,validation,test}.jsonl asks: does this description (`text_pair`) belong to this
+summary (`text`)? Label 1: both come from one documentation string; label 0: the description is another package's.
 Every summary and every description is used once, so that none gives its label away by turning up twice.
 The same environment gives the same bytes.
 """

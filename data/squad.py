@@ -62,8 +62,8 @@ def encode_questions(
 ) -> Windows:
     """Windows over each context that share `stride` tokens.
 
-    A window without the whole answer is labelled as having none: [CLS]. Of questions that all have one, none at all
-    means that it is not known.
+    A window without the whole answer is labelled as having none: [CLS]. Where all questions have one, none at all
+    means that it is unknown.
     """
     tokens, segments, labels, questions, offsets, contexts, answers, known = ([] for _ in range(8))
     room = max(8, max_length // 2)  # tokens of a question: a context needs some room beside it
@@ -160,7 +160,7 @@ def candidates(logits: np.ndarray, offsets: np.ndarray, max_answer: int) -> tupl
 def best_answers(outputs: list, windows: Windows) -> tuple[list[list[dict]], np.ndarray]:
     """For each question up to N_BEST {text, score} over its windows, the best first, and its null difference.
 
-    outputs: candidates() of each window. The difference [questions]: by how much no answer scores higher than the best.
+    outputs: candidates() of each window. The difference [questions]: the score of no answer minus the best one's.
     """
     null, found = np.full(len(windows.contexts), np.inf), [[] for _ in windows.contexts]
     for number, (score, of_window) in zip(windows.question, outputs):

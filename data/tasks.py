@@ -523,7 +523,7 @@ def lacks_validation(splits: Iterable[str], validation: str | None) -> bool:
 
 
 def held_out(train: int) -> int:
-    """How many rows of train stand in for a split to choose by that there is not."""
+    """How many rows of train to hold out where there is no split to choose by."""
     if train < 2:
         raise InputError("train has one row, and none can be held out to choose by: write more, or a validation split")
     return min(2000, math.ceil(train / 10))

@@ -61,7 +61,7 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     flag("--sample_by", choices=("paragraph", "line", "document"), default="paragraph", help=sample_by)
     join_lines = "join successive lines (or rows) of a file into documents of about N words: for an utterance a line"
     flag("--join_lines", type=int, metavar="N", help=join_lines)
-    batch = "characters read, and by one process tokenized, at a time"
+    batch = "characters read, and tokenized by one process, at a time"
     flag("--batch_characters", type=int, default=1_000_000, help=batch)
     flag("--valid_fraction", type=float, default=0.01, help="share of the documents kept for validation")
     flag("--test_fraction", type=float, default=0.01, help="share of the documents kept for testing")
@@ -127,7 +127,7 @@ def read_texts(stream, sizes: list[float], args: argparse.Namespace, part=0, par
 
     Files are read side by side, in up to 16 lanes and in proportion to their sizes: every shard then holds text of all
     files, which a loader that shuffles within shards can mix. Where lines are joined, each file has a lane of its own,
-    as many of these are read as lanes else before the next, and the position holds the lines of the document begun.
+    16 are read to their end before the next 16, and the position holds the lines of the unfinished document.
     """
     share_files = stream.num_shards % parts == 0
     if share_files:

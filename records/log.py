@@ -1,7 +1,7 @@
 """The log of a run, written and read: its sections, its lines, the clock and the counted work they speak of.
 
-A log opens with sections (`=== command`, config, environment, data, code), goes on with lines of numbers, and closes
-with a result that carries a hash over all that stands before it. trainer.py, finetuner.py and records/baseline/ write
+A log opens with sections (`=== command`, config, environment, data, code), continues with lines of numbers, and closes
+with a result that carries a hash of everything before it. trainer.py, finetuner.py and records/baseline/ write
 logs; verify.py, leaderboard.py and plot.py read them. This file imports none of these.
 """
 
@@ -127,7 +127,7 @@ def peak_flops(device: torch.device) -> float:
 
 
 def measured_flops(device: torch.device) -> float:
-    """The best of three: of a GPU ten products each, beside which the wait for it is nothing."""
+    """The best of three; on a GPU ten products each, so that waiting for it hardly counts."""
     size, products = (8192, 10) if device.type == "cuda" else (2048, 1)
     a, seconds = torch.randn(size, size, device=device, dtype=torch.bfloat16), []
     for _ in range(3):
@@ -236,20 +236,20 @@ class RunLog:
         return {name: end_of(self.directory.joinpath(name).read_bytes()) for name in LOG_FILES}
 
     def close(self, result: dict) -> None:
-        """The result, with a hash over it and all that stands before it, where of the code the hashes stand."""
+        """Writes the result, with a hash of it and all before it, where hashes stand in for the code."""
         text, _ = split_code(Path(self.file.name).read_text(encoding="utf-8"))
         self.section("result", json.dumps({**result, "sha256": seal(text, result)}))
 
 
 def seal(text: str, result: dict) -> str:
-    """By which edits of a log show. text: what stands before the result, without code."""
+    """A hash that reveals edits of a log. text: all before the result, without code."""
     return hashlib.sha256((text + json.dumps(result)).encode()).hexdigest()
 
 
 def cut_log(run: Path, ends: dict[str, list]) -> bool:
     """Cuts a run's log back to where it stood; what follows is moved to abandoned/, behind what lies there.
 
-    ends: RunLog.ends() of then. {} cuts all, as does a log that began otherwise then. Returns whether any is left.
+    ends: RunLog.ends() of that time. {} cuts all, as do ends that do not match. Returns whether any is left.
     """
     found = {name: path.read_bytes() if (path := run / name).exists() else b"" for name in LOG_FILES}
     begins = bool(ends) and all(ends[name] == end_of(found[name][: ends[name][0]]) for name in LOG_FILES)
@@ -301,9 +301,9 @@ CODE_HEADER = re.compile(r"^--- (?P<name>\S+) sha256:(?P<sha256>[0-9a-f]{64})(?:
 
 
 def read_code(names: Sequence[str]) -> dict[str, str]:
-    """Modules, by their paths in the repository, whose last line is ended if it is not.
+    """Text of modules, by path in the repository, each ending with a newline.
 
-    To be called first thing: what is edited later did not run.
+    Call this first of all: what is edited later did not run.
     """
     return {name: (ROOT / name).read_bytes().decode().removesuffix("\n") + "\n" for name in names}
 
@@ -314,7 +314,7 @@ def with_header(name: str, text: str) -> str:
 
 
 def split_code(text: str) -> tuple[str, dict[str, str]]:
-    """A log without code, of whose headers name and hash stay, and the code: module -> text. Twice changes nothing."""
+    """A log without code, but with the headers' names and hashes, and the code: module -> text. Idempotent."""
     kept, code, lines = [], {}, iter(text.split("\n"))
     for line in lines:
         if (header := CODE_HEADER.match(line)) and header["lines"]:

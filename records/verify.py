@@ -578,7 +578,7 @@ def check_tuning(log: Log, task: str) -> Iterator[str]:
 
 
 def check_tuning_code(record: Record) -> Iterator[str]:
-    """The code that finetuned is kept; where it is that of the runs too, it is the same."""
+    """The finetuning's code is kept; modules that the runs also used are the same."""
     for log in record.finetuned[:1]:
         yield from check_code(log)
         first = record.logs[0].hashes
@@ -631,7 +631,7 @@ def check_claim(record: Record, track: dict, before: Record | None) -> Iterator[
 
 
 def check_better(record: Record, track: dict, before: Record, measured: dict) -> Iterator[str]:
-    """Than the record before, by its own code; of seconds, or a score after some time, on the same machine."""
+    """Better than the record before, run with its own code and, unless raced by FLOPs, on the same machine."""
     place, beaten = record.path / "record.json", before.path.name
     theirs, their_finetuned = rivals(record, before)
     yield from check_together(theirs, "a run of the record before")

@@ -241,7 +241,7 @@ def profile_step(arguments, config: KBERTConfig, loader: Loader, process: Proces
 
 
 def ways_to_attend(document_ids: Tensor) -> dict[str, Callable]:
-    """Of q, k, v [1, T, H, D] and a reach: name -> function. The first is what the model does."""
+    """Name -> function of q, k, v [1, T, H, D] and a reach. The first is what the model does."""
     from torch.nn.attention.varlen import varlen_attn
 
     ends = torch.bincount(document_ids).cumsum(0)

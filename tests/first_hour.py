@@ -61,7 +61,7 @@ class Machine:
 
     @property
     def row_tokens(self) -> int:
-        """What should fit of `base`, which takes about 1.2 MB a token: 65,536 into 80 GB, 16,384 into 24."""
+        """What should fit for `base`, at about 1.2 MB a token: 65,536 in 80 GB, 16,384 in 24."""
         if self.small:
             return 1024
         memory = torch.cuda.get_device_properties(0).total_memory
@@ -93,7 +93,7 @@ class Machine:
         return self.run(f"{name}_output", f"trainer.py {settings} {self.fresh(name)} {more}", processes)
 
     def fresh(self, name: str) -> str:
-        """Flags of a run, for which what an earlier hour left makes room."""
+        """Flags of a run; deletes what an earlier hour left there."""
         shutil.rmtree(self.out / name, ignore_errors=True)
         return f"--train.out {shlex.quote(str(self.out))} --train.run_name {name}"
 
@@ -115,7 +115,7 @@ def verdict(what: str, done: subprocess.CompletedProcess, figure: str = "") -> C
 
 
 def make_data(folder: Path, tokens: int) -> None:
-    """Shards of made-up documents of 60 to 1,024 tokens, whose words are as frequent as words are."""
+    """Shards of made-up documents of 60 to 1,024 tokens, with Zipfian word frequencies."""
     rng = np.random.default_rng(0)
     rank = np.arange(1, 50_001)
     odds = (1 / rank) / (1 / rank).sum()
@@ -296,7 +296,7 @@ PARTS: dict[int, Callable[[Machine], Iterator[Check]]] = {
 
 
 def checks_of(number: int, machine: Machine) -> Iterator[Check]:
-    """Of a part. Where it breaks off, that is a check that failed, and the other parts go on."""
+    """A part's checks. If it breaks off, that is a failed check, and the other parts go on."""
     try:
         yield from PARTS[number](machine)
     except Exception as error:

@@ -1,9 +1,9 @@
-"""Kills runs of a small model at random, starts them again by the same command, and compares them with a whole one.
+"""Kills runs of a small model at random, restarts them with the same command, and compares them with an unbroken one.
 
     python tests/soak.py --kills 100 --minutes 10
     python tests/soak.py --watch trainer.py --preset micro --train.steps 10000 ...
 
-Weights must be the same to the bit, and the log but for its times and the lines that say it was resumed. A run that
+Weights must be the same to the bit, and so must the log, but for times and lines about resuming. A run that
 ends otherwise is kept, named, and makes the exit code 1. --watch runs one command to its end instead, and prints its
 memory and the time of its steps, from the first tenth to the last.
 """
@@ -72,7 +72,7 @@ def wait(process: int, seconds: float) -> int | None:
 
 
 def moment(run: Path) -> str:
-    """Of the kill, by what it left."""
+    """When the kill came, by its traces."""
     if (run / "model.tmp").exists():
         return "while it wrote the model"
     if list(run.glob("checkpoints/*.tmp")):
@@ -85,7 +85,7 @@ def moment(run: Path) -> str:
 
 
 def damage(run: Path, dice: random.Random) -> None:
-    """Of the newest checkpoint: a file cut, emptied, deleted, or with a bit flipped."""
+    """Cuts, empties or deletes a file of the newest checkpoint, or flips a bit."""
     path = dice.choice([path for path in checkpoints_of(run)[-1].iterdir() if path.suffix in (".safetensors", ".json")])
     content = bytearray(path.read_bytes())
     how = dice.choice(["cut", "empty", "gone", "flipped"])
