@@ -14,8 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,14 @@ def first_line(error: Exception) -> str:
     """Of the error, or of what caused it, which tells more."""
     error = error.__cause__ or error
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Ends in one line on what cannot be used, read or written."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 def read_shard(path: Path) -> np.ndarray:
@@ -153,10 +162,11 @@ def check_manifest(manifest: dict) -> None:
         raise ValueError("a text or a source that is none")
 
 
-def write_manifest(directory: Path, manifest: dict) -> None:
-    temporary = directory / "manifest.json.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-    os.replace(temporary, directory / "manifest.json")
+def write_json(path: Path, content: dict) -> None:
+    """Under a temporary name that is then replaced: a file that exists is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

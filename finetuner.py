@@ -46,7 +46,7 @@ from transformers.utils import ModelOutput
 from data.blimp import Pairs
 from data.examples import MissingData, Split
 from data.tasks import GLUE, HELD_OUT, TASKS, Data, Kind, read_data
-from dataloading import InputError, first_line, read_json, sha256_of, to_device
+from dataloading import InputError, first_line, read_json, sha256_of, to_device, write_json
 from model import (
     KBERTConfig,
     KBERTForMaskedLM,
@@ -454,7 +454,7 @@ class Network:
         input_ids, document_ids, positions = (to_device(x, self.device) for x in arrays)
         wanted = self.kind.wanted(split, row)
         wanted = None if wanted is None else to_device(starts + wanted, self.device)  # [n]
-        hidden = self.states(input_ids, document_ids, positions, longest, wanted)  # [T, d] or [n, d]
+        hidden = self.states(input_ids, document_ids, positions, longest, wanted)[:total]  # [tokens, d] or [n, d]
         places = (document_ids[:total].long(), positions[:total].long())
         return self.packed_logits(hidden, places, lengths, batch_index, batch)
 
@@ -472,25 +472,24 @@ class Network:
     def text_logits(
         self, hidden: Tensor, places: tuple, lengths: np.ndarray, batch_index: np.ndarray, batch: int
     ) -> Tensor:
-        """hidden [T, d], places: example and position of each token that is not padding -> [n, C].
+        """hidden [tokens, d], places: example and position of each token that is not padding -> [n, C].
 
         The classifier sees the whole batch, with zeros for examples of other rows or ranks: an example's dropout, drawn
         from the step's seed, is the same wherever it lies.
         """
-        starts, sizes = np.cumsum(lengths) - lengths, to_device(lengths, self.device)
         if self.model.config.classifier_pooling == "cls":
-            pooled = hidden[to_device(starts, self.device)]  # [n, d]
+            pooled = hidden[to_device(np.cumsum(lengths) - lengths, self.device)]  # [n, d]
         else:
             zeros = hidden.new_zeros(len(lengths), hidden.size(-1), dtype=torch.float32)
-            pooled = zeros.index_add(0, places[0], hidden[: len(places[0])].float())
-            pooled = (pooled / sizes[:, None]).to(hidden.dtype)
+            sums = zeros.index_add(0, places[0], hidden.float())
+            pooled = (sums / to_device(lengths, self.device)[:, None]).to(hidden.dtype)
         index = to_device(batch_index, self.device)
         whole = hidden.new_zeros(batch, hidden.size(-1)).index_copy(0, index, pooled)  # [B, d]
         return self.model.classify(whole)[index]
 
     def span_logits(self, hidden: Tensor, places: tuple, lengths: np.ndarray, *_) -> Tensor:
         """hidden [T, d] -> [n, 2, S]."""
-        both = torch.stack(self.model.span_logits(hidden[: len(places[0])]), dim=-1)  # [tokens, 2]
+        both = torch.stack(self.model.span_logits(hidden), dim=-1)  # [tokens, 2]
         logits = hidden.new_full((len(lengths), int(lengths.max()), 2), -torch.inf, dtype=torch.float32)
         return logits.index_put(places, both).transpose(1, 2)
 
@@ -501,7 +500,7 @@ class Network:
     def detector_logits(self, hidden: Tensor, places: tuple, lengths: np.ndarray, *_) -> Tensor:
         """hidden [T, d] -> [n, S]."""
         logits = hidden.new_zeros((len(lengths), int(lengths.max())), dtype=torch.float32)
-        return logits.index_put(places, self.model.logits(hidden[: len(places[0])]))
+        return logits.index_put(places, self.model.logits(hidden))
 
     def padded(self, split: Split, row: np.ndarray) -> Tensor:
         lengths = split.lengths[row]
@@ -613,13 +612,6 @@ def dev_score(metrics: dict[str, dict], data: Data) -> float:
 # One run
 
 
-def make_step(model: nn.Module, train: FinetuneConfig, process: Process, compiled: bool) -> Callable[[float], None]:
-    """What updates a model from each rank's part of the gradients, at a factor of the peak learning rate."""
-    if train.optimizer == "muon":
-        return muon_step(model, train, process, compiled)
-    return adamw_step(model, train, process)
-
-
 def muon_step(model: nn.Module, train: FinetuneConfig, process: Process, compiled: bool) -> Callable[[float], None]:
     """The optimizer of pretraining: Muon for the layers' matrices, Adam at a twentieth of its rate for all else.
 
@@ -687,7 +679,11 @@ class Training:
         self.net, self.data, self.train, self.process, self.log, self.label = net, data, train, process, log, label
         self.split = data.splits["train"]
         set_trainable(net.model, train.trainable)
-        self.update = make_step(net.model, train, process, compiled=bool(net.compiled_sizes))
+        # Updates the model from each rank's part of the gradients, at a factor of the peak learning rate
+        if train.optimizer == "muon":
+            self.update = muon_step(net.model, train, process, compiled=bool(net.compiled_sizes))
+        else:
+            self.update = adamw_step(net.model, train, process)
         net.warm_up(training=True)
         self.examples = len(self.split.ends)
         self.per_epoch = -(-self.examples // train.batch_size)
@@ -710,6 +706,8 @@ class Training:
                 self.clock.stop()
                 metrics, _ = evaluate(self.net, self.data, [self.data.dev], self.process)
                 if not self.goes_on(step, dev_score(metrics, self.data)):
+                    if self.losses:
+                        self.write_loss(step)
                     break
         if self.best_weights is not None:
             self.net.model.load_state_dict(self.best_weights)
@@ -874,13 +872,11 @@ class TaskRuns:
 
     def train(self, start: str, cell: FinetuneConfig, settings: dict, label: str) -> None:
         data, process = self.data, self.process
-        model = build_model(self.base, data.kind, cell.seed, start == "random weights", cell.pooling)
+        self.load(build_model(self.base, data.kind, cell.seed, start == "random weights", cell.pooling))
         if data.trains:
             data.kind.prepare(data.splits["train"])
-            self.load(model)
             said, predictions = Training(self.net, data, cell, process, self.log, label).run()
         else:
-            self.load(model)
             said, predictions = judge(self.net, data, process, self.log, label)
         run = {"start": start, "settings": settings, **said}
         process.on_main(lambda: self.keep(run, predictions))
@@ -946,7 +942,7 @@ class TaskRuns:
         self.log.section(f"results {self.data.name}", results_table(report["results"]), echo=True)
         if self.data.trains:
             self.log.write(f"model: {self.folder / 'model'}")
-        write_report(self.folder, report)
+        write_json(self.folder / "metrics.json", report)  # last: what has it is finished
         return report
 
     def best_run(self, start: str) -> dict:
@@ -1009,13 +1005,6 @@ class TaskRuns:
         (folder / "README.md").write_text(f"{card}\n", encoding="utf-8")
 
 
-def write_report(folder: Path, report: dict) -> None:
-    """metrics.json, at once and last: what has it is finished."""
-    temporary = folder / "metrics.json.tmp"
-    temporary.write_text(json.dumps(report, indent=1))
-    os.replace(temporary, folder / "metrics.json")
-
-
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
@@ -1051,8 +1040,8 @@ def results_table(results: dict) -> str:
     """
     cells: dict[str, dict] = {start: {} for start in results}
     for start, split, metric, value in flat_results(results):
-        spread = f" ({value['min']:.4f} to {value['max']:.4f})" if value["n"] > 1 else ""
-        cells[start][f"{split} {metric}"] = f"{value['median']:.4f}{spread}"
+        range_of = f" ({value['min']:.4f} to {value['max']:.4f})" if value["n"] > 1 else ""
+        cells[start][f"{split} {metric}"] = f"{value['median']:.4f}{range_of}"
     table = pd.DataFrame.from_dict(cells, orient="index").fillna("-")
     table = table if table.shape[1] <= 4 else table.T
     return table.to_string(col_space=[len(name) + 2 for name in table])  # two blanks between names, which hold some
@@ -1129,9 +1118,9 @@ OPERATIONAL = ("row_tokens", "device", "timeout_minutes", "compile", "log_every"
 
 def alike(settings: dict) -> dict:
     """What a run must share with one that continues it: all but OPERATIONAL."""
-    train = settings.get("train")
-    kept = {name: value for name, value in (train or {}).items() if name not in OPERATIONAL}
-    return {**settings, "train": kept} if isinstance(train, dict) else settings
+    if not isinstance(train := settings.get("train"), dict):
+        return settings
+    return {**settings, "train": {name: value for name, value in train.items() if name not in OPERATIONAL}}
 
 
 def claim_folder(train: FinetuneConfig, settings: dict, task: str) -> Path:
@@ -1152,7 +1141,8 @@ def claim_folder(train: FinetuneConfig, settings: dict, task: str) -> Path:
             return folder
         if same and train.run_name is None:
             return max(same, key=lambda path: path.stat().st_mtime)
-        print(f"no unfinished run {'of these settings' if train.run_name is None else folder}: starting {folder}")
+        which = folder if train.run_name else f"of these settings, from {settings['train']['base_model']}"
+        print(f"no unfinished run {which}: starting {folder}")
     elif taken:
         raise InputError(
             f"{folder} holds a run already: choose another --train.run_name, or continue it with --train.resume"
@@ -1187,7 +1177,7 @@ class Finetuner:
 
     def run(self) -> None:
         if self.task == "glue":
-            self.open_folder()
+            self.open_folder(self.base)
             reports = self.finetune_glue()
         else:
             base = self.base
@@ -1196,15 +1186,14 @@ class Finetuner:
             data = self.read(self.task, base)  # before there is a folder, which bad data would leave behind
             if self.hub and not data.trains:
                 raise InputError(f"--task {self.task} trains nothing to push: drop --train.hf_model_name")
-            self.open_folder()
+            self.open_folder(base)
             reports = {self.task: self.finetune(data, base, self.folder)}
             self.push(self.folder, "main")
         if self.log:
             self.close(reports)
 
     def open_base(self, name: str) -> Base:
-        trusted = self.train.trust_remote_code
-        return self.process.on_main(lambda: open_base(name, self.data.max_length, trusted))
+        return self.process.on_main(lambda: open_base(name, self.data.max_length, self.train.trust_remote_code))
 
     def read(self, task: str, base: Base) -> Data:
         data = self.data
@@ -1214,22 +1203,24 @@ class Finetuner:
         detector = "KBERTForReplacedTokenDetection" in (base.config.get("architectures") or ())
         return self.process.on_main(lambda: read_data(task, base.tokenizer, base.max_length, data, detector))
 
-    def open_folder(self) -> None:
+    def open_folder(self, base: Base) -> None:
+        """And the log, which opens with what is started from: base."""
         if self.hub:
             self.process.on_main(self.hub.check)
         self.folder = self.process.on_main(lambda: claim_folder(self.train, self.repeat, self.task))
         self.log = RunLog(self.folder) if self.process.is_main else None
         if not self.log:
             return
-        weights = Path(self.base_name) / "model.safetensors"
+        weights = Path(base.name) / "model.safetensors"
         data = {"base_sha256": sha256_of(weights) if weights.exists() else None}
         machine = environment(self.process.device, self.process.world_size)
         settled, train = choose_rates(self.train, self.protocol, self.base.kbert), self.repeat["train"]
         train = {name: getattr(settled, name) for name in train} | {"base_model": self.base_name}
-        config = {**self.repeat, "train": train, "base_model": self.base_name}
+        config = {**self.repeat, "train": train, "base_model": base.name}
         self.log.open(self.argv, config, machine, data, self.code)
-        newest = "" if self.train.base_model else ", the newest finished pretraining run"
-        self.log.section("run", f"{self.folder}: from {self.base_name}{newest}", echo=True)
+        given = self.train.base_model or base is not self.base
+        newest = "" if given else ", the newest finished pretraining run"
+        self.log.section("run", f"{self.folder}: from {base.name}{newest}", echo=True)
 
     def finetune(self, data: Data, base: Base, folder: Path, branch: str | None = None) -> dict:
         """One task, whose report it returns."""
@@ -1278,7 +1269,7 @@ class Finetuner:
         self.log.section("glue", f"{said}\n{glue_row(self.base.title, scores)}", echo=True)
         report = {"task": "glue", "base_model": self.base_name, "protocol": self.repeat["protocol"]}
         report |= {"scores": scores, "tasks": list(reports)}
-        write_report(self.folder, report)
+        write_json(self.folder / "metrics.json", report)
 
     def close(self, reports: dict[str, dict]) -> None:
         result = {"run": str(self.folder), "finished": True}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,7 +23,7 @@ EQUAL = 1e-4  # nats: sentences of the same tokens, or of the same under a model
 class Pairs(Split):
     """Examples are sentences with one token masked; labels [examples, 2] are its position and the token itself.
 
-    Where nothing is masked, an example is a sentence as it is.
+    Where nothing is masked, an example is a sentence as it is; labels, of all its tokens, are then of no use.
     """
 
     sentence: np.ndarray  # [examples] number of the sentence
@@ -116,8 +115,3 @@ def measure_pairs(log_probabilities: list[float], pairs: Pairs) -> tuple[dict[st
     metrics |= {f"field {name}": value for name, value in fields.items()}
     metrics |= {f"paradigm {name}": value for name, value in paradigms.correct.items()}
     return {name: float(value) for name, value in metrics.items()}, table
-
-
-def table_name(source: str | None, split: str) -> str:
-    """Of a single file, which read_files calls train, the file's own name; else the split's."""
-    return Path(source).name.split(".")[0] if source and Path(source).is_file() else split

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.train_tokenizer import bring_tokenizer, reading
-from dataloading import HEADER_BYTES, InputError, read_shard, sha256_of, write_manifest
+from dataloading import HEADER_BYTES, InputError, read_shard, run_script, sha256_of, write_json
 
 REPO = "lapp0/packed_fineweb_edu"
 TOKENIZER = "answerdotai/ModernBERT-base"
@@ -97,7 +97,7 @@ def write_download_manifest(out: Path, source: dict, splits: dict[str, str], tok
         documents = sum(int(np.count_nonzero(tokens[i : i + 2**24] == mark)) for i in range(0, len(tokens), 2**24))
         shards[name] = {"split": split, "tokens": len(tokens), "documents": documents, "sha256": sha256_of(out / name)}
     manifest = {"format": 1, "tokenizer": tokenizer, "source": source, "split_rule": "as published", "shards": shards}
-    write_manifest(out, manifest)
+    write_json(out / "manifest.json", manifest)
 
 
 def main() -> None:
@@ -123,7 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.download_fineweb_edu import TOKENIZER, download_shards, list_shards, write_download_manifest
 from data.train_tokenizer import bring_tokenizer
-from dataloading import LABEL_END, InputError
+from dataloading import LABEL_END, InputError, run_script
 
 REPO = "lapp0/packed_glue_mnli"
 
@@ -36,7 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -1,7 +1,7 @@
 """What examples are: rows of a file, of a set on the Hub or of packed shards become tokens and labels.
 
-The lowest of three layers: squad.py (spans) and tasks.py (the tasks) build on it. They take a tokenizer and a length,
-and know nothing of models and training.
+The lowest layer: squad.py (spans), blimp.py (minimal pairs) and tasks.py (the tasks) build on it. They take a tokenizer
+and a length, and know nothing of models and training.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data.pack_fineweb_edu import SPLITS, ShardWriter, count_words
 from data.train_tokenizer import bring_tokenizer, describe_split, digest_of, split_of, train_tokenizer
-from dataloading import InputError, data_hash, read_json, usable_cores, write_manifest
+from dataloading import data_hash, read_json, run_script, usable_cores, write_json
 
 # Not requirements.txt, which may change: the sample of records must not, and it is the documentation of these packages.
 PACKAGES = ["torch", "numpy", "huggingface-hub", "datasets", "transformers", "tqdm"]
@@ -192,7 +192,7 @@ def make_sample(out: Path, vocab_size: int = 8192, packages: list[str] | None = 
             writer.flush(split)
         source = {"documentation": {name: versions.get(name) for name in packages or versions}}
         manifest = {"format": 1, "tokenizer": tokenizer, "shards": writer.shards, "source": source}
-        write_manifest(build, {**manifest, "split_rule": describe_split(*SPLIT_FRACTIONS)})
+        write_json(build / "manifest.json", {**manifest, "split_rule": describe_split(*SPLIT_FRACTIONS)})
         if out.exists():
             os.replace(out, Path(directory) / "old")
         os.replace(build, out)
@@ -213,7 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

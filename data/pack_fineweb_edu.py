@@ -50,9 +50,10 @@ from dataloading import (
     in_background,
     read_json,
     read_manifest,
+    run_script,
     sha256_of,
     usable_cores,
-    write_manifest,
+    write_json,
     write_shard,
 )
 
@@ -180,11 +181,6 @@ def pack(encoded, writer: ShardWriter, state_path: Path, settings: dict, fractio
             bar.update(tokens - tokens_before)
 
 
-def write_json(path: Path, content: dict) -> None:
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
-
-
 def merge_parts(out: Path, parts: int) -> bool:
     """Writes manifest.json once the manifests of all parts are there."""
     paths = [out / f"manifest_part_{part}of{parts}.json" for part in range(parts)]
@@ -194,7 +190,7 @@ def merge_parts(out: Path, parts: int) -> bool:
     for path, manifest in zip(paths, manifests):
         check_settings(path, manifest, {key: value for key, value in manifests[0].items() if key != "shards"})
     shards = {name: entry for manifest in manifests for name, entry in manifest["shards"].items()}
-    write_manifest(out, {**manifests[0], "shards": dict(sorted(shards.items()))})
+    write_json(out / "manifest.json", {**manifests[0], "shards": dict(sorted(shards.items()))})
     read_manifest(out)  # are all of the shards here, too?
     return True
 
@@ -258,9 +254,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+        run_script(main)
     except BrokenExecutor:
         died = "a process that tokenizes has died, of too little memory perhaps"
         sys.exit(f"error: {died}: run the same command again, it continues")

@@ -21,9 +21,9 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.examples import tidy_label
-from data.train_tokenizer import READERS, bring_tokenizer, reading
-from dataloading import LABEL_END, NO_LABEL, InputError, sha256_of, write_manifest, write_shard
+from data.examples import NOT_A_VALUE, tidy_label
+from data.train_tokenizer import bring_tokenizer, reading
+from dataloading import LABEL_END, NO_LABEL, InputError, run_script, sha256_of, write_json, write_shard
 
 
 def open_splits(args: argparse.Namespace):
@@ -42,12 +42,13 @@ def open_splits(args: argparse.Namespace):
         missing = ", ".join(empty)
         raise InputError(f"no file matches --files {missing}=...: write SPLIT=GLOB, such as train='reviews/*.csv'")
     kinds = {Path(path).suffix for paths in files.values() for path in paths}
-    readers = {**READERS, ".csv": "csv"}
+    readers = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     if len(kinds) > 1 or not kinds <= set(readers):
         found = ", ".join(sorted(kinds))
         raise InputError(f"--files must be all .csv, all .json or .jsonl, or all .parquet, found {found}")
     with reading(f"--files {' '.join(args.files)}"):
-        splits = load_dataset(readers[kinds.pop()], data_files=files)
+        more = {"keep_default_na": False, "na_values": NOT_A_VALUE} if kinds == {".csv"} else {}
+        splits = load_dataset(readers[kinds.pop()], data_files=files, **more)
     return splits, {"files": {split: [Path(path).name for path in paths] for split, paths in files.items()}}
 
 
@@ -111,11 +112,8 @@ def main() -> None:
         shards[path.name] = {"split": split, "tokens": len(tokens), "documents": len(rows), "sha256": sha256_of(path)}
     source |= {"columns": columns, "labels": names}
     manifest = {"format": 1, "tokenizer": tokenizer, "source": source, "split_rule": "as published", "shards": shards}
-    write_manifest(args.out, manifest)
+    write_json(args.out / "manifest.json", manifest)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

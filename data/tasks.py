@@ -1,7 +1,7 @@
 """The tasks that an encoder is measured on, what kinds of task there are, and how the data of one is read.
 
 A kind of task is one class: how its examples are encoded, what is minimised, how predictions are measured and written,
-which head a model needs. A new kind is a new class, and nothing else in the finetuner asks which kind a task is of.
+which head a model needs. A new kind is a new class; a new head also needs its logits in finetuner.py's Network.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from data.blimp import Pairs, encode_pairs, measure_pairs, table_name
+from data.blimp import Pairs, encode_pairs, measure_pairs
 from data.examples import (
     MissingData,
     Split,
@@ -99,7 +99,7 @@ class Kind:
     ) -> tuple[dict[str, Split], int]:
         """Splits of examples, and how many of these were cut."""
         column, splits, cut = self.settings.label, {}, 0
-        names = class_names(tables, column)
+        names = getattr(tables["train"].features.get(column), "names", None)  # of the classes, if the set has them
         labels = read_labels(tables, column, own=self.task.dataset is None and names is None)
         numbers = self.number_labels(labels, names)
         for split, rows in tables.items():
@@ -316,12 +316,14 @@ class MinimalPairs(Kind):
         self, tables: dict, columns: list[str], tokenizer: PreTrainedTokenizerFast, max_length: int
     ) -> tuple[dict[str, Split], int]:
         """One split, whatever files and splits the data has: nothing was trained on any."""
-        tables = {table_name(self.settings.dataset, split): rows for split, rows in tables.items()}
+        file = Path(self.settings.dataset or "")
+        if file.is_file():  # which read_files calls train
+            tables = {file.name.split(".")[0]: rows for rows in tables.values()}
         pairs, cut = encode_pairs(tables, columns, tokenizer, max_length, self.masked)
         return {"test": pairs}, cut
 
-    def wanted(self, split: Pairs, row: np.ndarray) -> np.ndarray:
-        return split.labels[row, 0]
+    def wanted(self, split: Pairs, row: np.ndarray) -> np.ndarray | None:
+        return split.labels[row, 0] if self.masked else None
 
     def keep(self, logits: Tensor, split: Pairs, row: np.ndarray) -> list:
         target = torch.from_numpy(split.labels[row, 1]).to(logits.device)
@@ -343,9 +345,6 @@ class DetectedPairs(MinimalPairs):
 
     head = "ReplacedTokenDetection"
     masked = False
-
-    def wanted(self, split: Pairs, row: np.ndarray) -> None:
-        return None
 
     def keep(self, logits: Tensor, split: Pairs, row: np.ndarray) -> list:
         """logits [n, S] -> the sum of log(1 - p) over the text, which is what stands between [CLS] and [SEP]."""
@@ -503,12 +502,6 @@ def choose_columns(kind: Kind, tables: dict) -> list[str]:
     return columns
 
 
-def class_names(tables: dict, column: str) -> list[str] | None:
-    """The names of the classes, where the set has them beside the numbers."""
-    rows = tables.get("train") or next(iter(tables.values()))
-    return getattr(rows.features.get(column), "names", None)
-
-
 def has_fractions(tables: dict, column: str) -> bool:
     """Whether a label of train is a fraction: whole numbers, also as floats, are classes."""
     labels = read_labels({"train": tables["train"]}, column, own=True)["train"]
@@ -522,7 +515,7 @@ def lacks_validation(splits: Iterable[str], validation: str | None) -> bool:
     return not any(split.startswith("validation") or split == validation for split in splits)
 
 
-def held_out(train: int) -> int:
+def count_to_hold_out(train: int) -> int:
     """How many rows of train to hold out where there is no split to choose by."""
     if train < 2:
         raise InputError("train has one row, and none can be held out to choose by: write more, or a validation split")
@@ -536,12 +529,12 @@ def hold_out(tables: dict, validation: str | None, classes: str | None) -> list[
     """
     from datasets import concatenate_datasets
 
-    if "train" not in tables or not lacks_validation(tables, validation):
+    if not lacks_validation(tables, validation):
         return []
     train = tables["train"]
     if "idx" not in train.column_names:
         train = train.add_column("idx", list(range(len(train))))  # predictions are listed by the row in the data
-    held = train.train_test_split(test_size=held_out(len(train)), seed=0)
+    held = train.train_test_split(test_size=count_to_hold_out(len(train)), seed=0)
     train, dev = held["train"], held["test"]
     if classes in train.column_names:
         of_train, of_dev = (list(map(str, rows[classes])) for rows in (train, dev))
@@ -559,7 +552,7 @@ def hold_out_packed(splits: dict[str, Split], validation: str | None) -> list[st
     if not lacks_validation(splits, validation):
         return []
     train = splits["train"]
-    count, order = held_out(train.examples), np.random.default_rng(0).permutation(train.examples)
+    count, order = count_to_hold_out(train.examples), np.random.default_rng(0).permutation(train.examples)
     splits |= {"train": train.only(np.sort(order[count:])), HELD_OUT: train.only(np.sort(order[:count]))}
     return [f"no validation split: {count} examples of train are held out for it"]
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataloading import MAX_VOCAB_SIZE, SPECIAL_TOKENS, InputError, in_background, sha256_of
+from dataloading import MAX_VOCAB_SIZE, SPECIAL_TOKENS, InputError, in_background, run_script, sha256_of
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -332,7 +332,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

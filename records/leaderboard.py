@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataloading import InputError, read_json
+from dataloading import InputError, read_json, run_script
 from records.log import Log
 from records.plot import COLORS, figure
 from records.verify import RACES, RECORDS, Record, read_records, read_tracks
@@ -168,10 +168,6 @@ def draw_losses(axis, track: dict, runs: dict[str, list[Log]]) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
-def write_name(axis, name: str, place: tuple[float, float], offset: tuple[int, int], **style) -> None:
-    axis.annotate(name, place, xytext=offset, textcoords="offset points", **style)
-
-
 def draw_history(axis, track: dict, records: list[Record]) -> None:
     """What each record is compared by, the oldest first."""
     metric = track["target"]["metric"]
@@ -179,11 +175,16 @@ def draw_history(axis, track: dict, records: list[Record]) -> None:
     values = [record.said["measured"][key] for record in records]
     axis.plot(range(len(records)), values, "o-", color=COLORS[0], drawstyle="steps-post")
     for place, record in zip(enumerate(values), records):
-        write_name(axis, record.said["name"], place, (4, 6), fontsize=8)
+        axis.annotate(record.said["name"], place, xytext=(4, 6), textcoords="offset points", fontsize=8)
     label = {"seconds": "time to target (seconds, logarithmic)", "flops": "FLOPs to target (logarithmic)"}
     axis.set(xlabel="record", ylabel=label.get(key, f"{metric} (%)"), yscale="linear" if key == metric else "log")
     axis.set_xticks(range(len(records)), [record.said["date"] for record in records], fontsize=8)
     axis.margins(x=0.25, y=0.2)
+
+
+def draw_track(axes, track: dict, records: list[Record]) -> None:
+    draw_losses(axes[0], track, {record.said["name"]: record.logs for record in records})
+    draw_history(axes[1], track, records)
 
 
 def draw_published(axes, records: dict[str, list[Record]]) -> list[tuple]:
@@ -308,7 +309,7 @@ def save(out: Path, source: str, panels: int, draw: Callable) -> None:
     """A picture that carries the hash of what it was drawn from, by which --check knows whether it is stale."""
     from matplotlib import pyplot
 
-    drawn, axes = figure(range(panels))
+    drawn, axes = figure(panels)
     draw(axes)
     out.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(out, metadata={"Source": source})
@@ -348,14 +349,8 @@ def pictures(
     for name, track in tracks.items():
         if not (mine := records[name]):
             continue
-        runs = {record.said["name"]: record.logs for record in mine}
-
-        def draw(axes, track=track, mine=mine, runs=runs):
-            draw_losses(axes[0], track, runs)
-            draw_history(axes[1], track, mine)
-
         said = [(record.said, [log.text for log in record.logs]) for record in mine]
-        yield f"{name}.png", source_hash(track, said), 2, draw
+        yield f"{name}.png", source_hash(track, said), 2, partial(draw_track, track=track, records=mine)
 
 
 def update(root: Path, check: bool) -> list[Path]:
@@ -394,7 +389,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataloading import InputError
+from dataloading import InputError, run_script
 from records.log import Log, read_log
 
 COLORS = ("#c1272d", "#2a6fb0", "#3a8a4f", "#b8860b", "#7b4fa3", "#444444")  # told apart on white by most eyes
@@ -55,20 +55,20 @@ def series(log: Log) -> dict[str, list[tuple[Points, str]]]:
     return found
 
 
-def figure(panels: Sequence[str], columns: int = 2):
-    """A figure on white, which reads on light and dark pages alike, and its axes."""
+def figure(panels: int):
+    """A figure of so many panels, two side by side, on white, which reads on light and dark pages, and its axes."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows, columns = -(-len(panels) // columns), min(columns, len(panels))
+    rows, columns = -(-panels // 2), min(2, panels)
     size = 5.2 * columns, 3.4 * rows
     drawn, axes = pyplot.subplots(
         rows, columns, figsize=size, dpi=130, facecolor="white", layout="constrained", squeeze=False
     )
     for number, axis in enumerate(axes.flat):
-        axis.set_visible(number < len(panels))
+        axis.set_visible(number < panels)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     return drawn, axes.flat
@@ -80,7 +80,7 @@ def draw(runs: Sequence[Path], out: Path) -> None:
 
     found = {path: series(read_log(path)) for path in runs}
     panels = [panel for panel in PANELS if any(curves[panel] for curves in found.values())]
-    drawn, axes = figure(panels)
+    drawn, axes = figure(len(panels))
     for axis, panel in zip(axes, panels):
         for color, (path, curves) in zip(itertools.cycle(COLORS), found.items()):
             for number, (points, style) in enumerate(curves[panel]):
@@ -113,7 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -141,13 +141,13 @@ def expected_steps(train: dict, last: int) -> tuple[set[int], set[int]]:
         return set(range(0, last + 1, steps)) if steps else set()
 
     valid = every(train["valid_every"]) | {last}
-    return every(train["log_every"]) - {0} | every(train["save_every"]) - {0} | valid, valid
+    return (valid | every(train["log_every"]) | every(train["save_every"])) - {0}, valid
 
 
 def check_lines(log: Log) -> Iterator[str]:
     """Every line is there, once, and in order."""
     with_train, with_valid = expected_steps(log.named("config", "train"), log.named("result", "step"))
-    for kind, expected in (("train_loss", with_train - {0}), ("val_loss", with_valid)):
+    for kind, expected in (("train_loss", with_train), ("val_loss", with_valid)):
         found = Counter(line.step for line in log.lines if getattr(line, kind) is not None)
         if missing := sorted(expected - set(found)):
             others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
@@ -240,14 +240,13 @@ def check_work(log: Log) -> Iterator[str]:
 
     most_tokens = result["step"] * step_tokens(log)
     rounding = 16 * most_tokens / train["row_tokens"]  # a row's masks are a multiple of 16
-    rates = ("replace_rate",) if detection else ("mask_rate_start", "mask_rate_end")
-    low_rate, *_, high_rate = sorted([train[name] for name in rates] * 2)
+    rates = [train[name] for name in (("replace_rate",) if detection else ("mask_rate_start", "mask_rate_end"))]
     longest, window = config["data"]["max_length"], shape.local_attention_window
     bounds = {
         "tokens": (0.5 * most_tokens * min(1.0, train["batch_start"]), most_tokens),
         "global_pairs": (work.tokens, work.tokens * longest),
         "local_pairs": (work.tokens, min(work.global_pairs, work.tokens * (window + 1))),
-        "masked": (0.9 * low_rate * work.tokens - rounding, high_rate * most_tokens + rounding),
+        "masked": (0.9 * min(rates) * work.tokens - rounding, max(rates) * most_tokens + rounding),
     }
     if "text" in result["work"]:  # every window has two special tokens, and one of text at least
         bounds["text"] = (work.tokens / 3, work.tokens - 2 * work.tokens / longest)
@@ -522,7 +521,7 @@ def check_limits(record: Record, track: dict) -> Iterator[str]:
     """No run was shown more text, or took more time on its machine, than the track allows."""
     limits = track.get("limits", {})
     if "minutes" in limits:
-        yield from check_machine([*record.logs, *record.finetuned], record.logs[0])
+        yield from check_machine([*record.logs, *record.finetuned])
     for log, seconds in zip(record.logs, seconds_in_all(record.logs, record.finetuned)):
         spent = {"minutes": seconds / 60}
         if "text" in track["data"]:
@@ -561,7 +560,7 @@ def check_tuning(log: Log, task: str) -> Iterator[str]:
     examples = log.named("result", "splits", task).get("train", {}).get("examples", 0)  # none: judged as it is
     steps = max(1, round(settings["epochs"] * -(-examples // settings["batch_size"])))
     runs, asked = {line.run for line in log.lines}, settings["seeds"] * (1 + settings["compare_random"])
-    if examples and (runs != set(range(1, len(runs) + 1)) or len(runs) % asked):  # so many for each cell of a grid
+    if examples and (runs != set(range(1, len(runs) + 1)) or len(runs) != asked):
         yield f"{log.path}: there are the runs {', '.join(map(str, sorted(runs)))}; its seeds ask for {asked}"
     for run, lines in itertools.groupby(log.lines, lambda line: line.run):
         lines = list(lines)
@@ -571,7 +570,7 @@ def check_tuning(log: Log, task: str) -> Iterator[str]:
         if not examples:
             continue
         last, found = lines[-1].step, {line.step for line in lines if line.train_loss is not None}
-        if last > steps or last < steps and settings.get("patience") is None:
+        if last != steps:
             yield f"{log.path}:{lines[-1].number}: run {run} ended after {last} steps of {steps}"
         if missing := sorted({*range(settings["log_every"], last + 1, settings["log_every"]), last} - found):
             yield f"{log.path}: no train_loss after step {missing[0]} of run {run}"
@@ -643,7 +642,7 @@ def check_better(record: Record, track: dict, before: Record, measured: dict) ->
         yield f"{at(theirs[0], 'config')}: not the settings of {beaten}: {different}"
     finetuned = [*their_finetuned, *record.finetuned] if track["race"] == "score" else []
     if track["race"] != "flops":
-        yield from check_machine([*theirs, *record.logs, *finetuned], record.logs[0])
+        yield from check_machine([*record.logs, *theirs, *finetuned])
     race = RACES[track["race"]]
     if len(theirs) < track["min_runs"]:
         yield f"{record.path}: {len(theirs)} runs of the record before; the track asks for {track['min_runs']}"
@@ -675,8 +674,8 @@ def check_paired_finetuned(record: Record, track: dict, before: Record) -> Itera
             yield f"{log.path}: not the code, or not the settings, of the finetunings of {before.path.name}"
 
 
-def check_machine(logs: Sequence[Log], first: Log) -> Iterator[str]:
-    here = first.named("environment")
+def check_machine(logs: Sequence[Log]) -> Iterator[str]:
+    here = logs[0].named("environment")
     for log in logs:
         there = log.named("environment")
         for name in (*SAME_EVERYWHERE, "machine"):

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import trainer
-from dataloading import read_manifest, sha256_of, write_manifest, write_shard
+from dataloading import read_manifest, sha256_of, write_json, write_shard
 from model import KBERTConfig, KBERTForMaskedLM
 from records.log import LOG_LINE
 
@@ -52,8 +52,8 @@ def write_documents(
                 "documents": len(documents),
                 "sha256": sha256_of(path),
             }
-    write_manifest(
-        directory,
+    write_json(
+        directory / "manifest.json",
         {
             "format": 1,
             "tokenizer": {"name": "test", "sha256": tokenizer, "vocab_size": vocab_size, **SPECIALS},
@@ -97,7 +97,7 @@ def counted(tmp_path_factory) -> Path:
     manifest = read_manifest(directory)
     for entry in manifest["shards"].values():
         entry["words"] = (entry["tokens"] - 2 * entry["documents"]) // 2
-    write_manifest(directory, manifest)
+    write_json(directory / "manifest.json", manifest)
     return directory
 
 

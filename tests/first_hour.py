@@ -32,7 +32,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from dataloading import InputError, first_line, sha256_of, write_manifest, write_shard
+from dataloading import InputError, first_line, sha256_of, write_json, write_shard
 from model import PRESETS, KBERTConfig
 from records.log import MASKED_LAST_LAYER, PEAK_FLOPS, Work, environment, read_log
 from trainer import choose_cuda, why_eager
@@ -131,7 +131,7 @@ def make_data(folder: Path, tokens: int) -> None:
         shards[path.name] = entry
     tokenizer = {"name": "made up", "sha256": "none", **MODERNBERT}
     source = {"source": {"name": "made up"}, "split_rule": "drawn apart"}
-    write_manifest(folder, {"format": 1, "tokenizer": tokenizer, "shards": shards, **source})
+    write_json(folder / "manifest.json", {"format": 1, "tokenizer": tokenizer, "shards": shards, **source})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

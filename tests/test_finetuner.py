@@ -38,7 +38,7 @@ from conftest import ROOT, TOKEN, as_flags, run_python, telling
 from data.examples import Split, cut_longest_first, encode_texts, number_classes, read_files, read_labels
 from data.squad import N_BEST, Windows, answer_scores, best_answers, candidates, encode_questions, null_threshold
 from data.tasks import GLUE, HELD_OUT, TASKS, Classes, Kind, Span, read_data, score
-from dataloading import LABEL_END, NO_LABEL, InputError, sha256_of, write_manifest, write_shard
+from dataloading import LABEL_END, NO_LABEL, InputError, sha256_of, write_json, write_shard
 from finetuner import PROTOCOLS, DataConfig, FinetuneConfig, Network, choose_rates, grid_of
 from hub_stand_in import Hub
 from model import KBERTConfig, KBERTForMaskedLM
@@ -551,7 +551,7 @@ def pack(folder: Path, tokenizer: PreTrainedTokenizerFast, rows: dict[str, list[
     digest = sha256_of(folder / "tokenizer" / "tokenizer.json")
     specials = {"name": "words", "sha256": digest, "vocab_size": len(tokenizer), **SPECIALS}
     manifest = {"format": 1, "source": {}, "split_rule": "given", "shards": shards, "tokenizer": specials}
-    write_manifest(folder, manifest)
+    write_json(folder / "manifest.json", manifest)
     return str(folder)
 
 
@@ -588,7 +588,7 @@ def test_packed_classes_are_the_tasks_and_shards_add_up(tokenizer, tmp_path):
     shutil.copy(folder / name, folder / "mnli_train_000001.bin")
     manifest["shards"]["mnli_train_000001.bin"] = manifest["shards"][name]
     manifest["source"]["labels"] = ["contradiction", "entailment", "neutral"]  # by the alphabet, as pack_mnli.py does
-    write_manifest(folder, manifest)
+    write_json(folder / "manifest.json", manifest)
     data = read_data("mnli", tokenizer, 64, DataConfig(dataset=str(folder)))
     labels = np.concatenate([data.splits[split].labels for split in ("train", HELD_OUT)])
     assert len(labels) == 60 and data.splits[HELD_OUT].examples == 6 and "held out" in data.notes[0]
@@ -596,7 +596,7 @@ def test_packed_classes_are_the_tasks_and_shards_add_up(tokenizer, tmp_path):
     for split in data.splits.values():
         assert split.labels.tolist() == [(2, 0, 1)[place % 3] for place in split.idx]
     manifest["source"]["labels"] = ["no", "perhaps", "yes"]
-    write_manifest(folder, manifest)
+    write_json(folder / "manifest.json", manifest)
     with pytest.raises(InputError, match="the shards' classes are no, perhaps, yes, the task's entailment, neutral"):
         read_data("mnli", tokenizer, 64, DataConfig(dataset=str(folder)))
     alone = pack(tmp_path / "alone", tokenizer, {"validation_matched": make_rows(8, 2)})
@@ -713,7 +713,7 @@ def test_the_embedded_pairs_are_those_of_the_checkout_from_any_folder(base, tmp_
 
     def make_sample(out: Path) -> None:
         write_jsonl(out / "pairs", train=make_rows(24, 1), validation=make_rows(8, 2))
-        write_manifest(out, {"shards": {}})
+        write_json(out / "manifest.json", {"shards": {}})
 
     monkeypatch.setattr(trainer, "ROOT", tmp_path / "checkout")
     monkeypatch.setattr("data.make_sample.make_sample", make_sample)
@@ -966,6 +966,8 @@ def test_glue_runs_what_is_there_and_hands_mnli_over(base, tmp_path, capsys):
     assert reports["rte"]["base_model"] == str(run / "mnli" / "model")
     alone = go(base, tmp_path, "rte", data_dataset=tmp_path / "glue", **few, train_run_name="alone").with_name("alone")
     assert report_of(alone)["base_model"] == str(run / "mnli" / "model")
+    weights = run / "mnli" / "model" / "model.safetensors"
+    assert read_log(alone).named("data", "base_sha256") == sha256_of(weights)
     for report in (*reports.values(), report_of(alone)):
         assert report["model"]["settings"]["optimizer"] == "muon"
     said = capsys.readouterr().out

@@ -227,12 +227,12 @@ class BaselineRun(Run):
         torch.set_float32_matmul_precision("high")
         self.config = model_config(self.manifest["tokenizer"], longest, self.model_values)
         self.compiled = train.compile and self.shape == "concatenated" and why_eager(device) is None
-        self.reference = Reference(self.config, longest, device, self.shape, self.compiled, self.lr, train.seed)
-        self.network, self.objective, self.optimizer = self.reference.model, self.reference, self.reference.optimizer
+        self.objective = Reference(self.config, longest, device, self.shape, self.compiled, self.lr, train.seed)
+        self.network, self.optimizer = self.objective.model, self.objective.optimizer
         self.parameters = sum(p.numel() for p in self.network.parameters())
         self.row_tokens, self.rows_per_rank = train.row_tokens, 1
         started, rows = time.perf_counter(), iter(self.loader_of("train", self.process, seed=train.seed))
-        self.reference.gradients(next(rows), mask_count(train.mask_rate_start, self.row_tokens))  # compiles
+        self.objective.gradients(next(rows), mask_count(train.mask_rate_start, self.row_tokens))  # compiles
         self.network.zero_grad()
         self.compile_seconds = time.perf_counter() - started
         rows.close()
@@ -244,7 +244,7 @@ class BaselineRun(Run):
         factor = lr_factor(progress, self.train)
         text = row.round_text[0]
         masks = mask_count(mask_rate(progress, self.train), self.row_tokens, text)
-        loss = self.reference.step(row, masks, factor)
+        loss = self.objective.step(row, masks, factor)
         self.step += 1
         self.loader_state = row.state
         self.check_finite(loss.item(), f"the loss of step {self.step}")
@@ -257,7 +257,7 @@ class BaselineRun(Run):
         self.unread.append((self.step, loss[None], metrics))
 
     def validate(self, loader: Loader) -> dict[str, float]:
-        loss = self.reference.validation_loss(loader)
+        loss = self.objective.validation_loss(loader)
         self.check_finite(loss, f"the validation loss after step {self.step}")
         return {"val_loss": loss}
 
