@@ -149,6 +149,7 @@ def check_manifest(manifest: dict) -> None:
     specials = manifest["tokenizer"]
     ids = [specials[name] for name in ("cls", "sep", "pad", "mask")]
     counts = [specials["vocab_size"], *ids, *(entry["tokens"] for entry in manifest["shards"].values())]
+    counts += [entry.get(name, 0) for entry in manifest["shards"].values() for name in ("documents", "words")]
     if any(type(count) is not int or count < 0 for count in counts):
         raise ValueError("a number that is none")
     if max(ids) >= specials["vocab_size"]:
@@ -262,15 +263,14 @@ class RowStream:
         self.checked: set[int] = set()
         state = state or {"epoch": 0, "shard": 0, "cursor": 0, "pool": []}
         self.epoch, self.shard, self.cursor = state["epoch"], state["shard"], state["cursor"]
-        for shard in {window[0] for window in state["pool"]}:
+        self.pool = [tuple(window) for window in state["pool"]]  # drawn and not yet placed, in the order drawn
+        for shard in {window[0] for window in self.pool}:
             self._check(shard)
-        self._start_pool([tuple(window) for window in state["pool"]])
         self._start_epoch()
 
     @property
     def state(self) -> dict:
-        waiting = [window for number, window in self.pool if number not in self.taken]
-        return {"epoch": self.epoch, "shard": self.shard, "cursor": self.cursor, "pool": waiting}
+        return {"epoch": self.epoch, "shard": self.shard, "cursor": self.cursor, "pool": self.pool[:]}
 
     def _start_epoch(self) -> None:
         order = np.arange(len(self.shards))
@@ -312,28 +312,10 @@ class RowStream:
         check_vocabulary(path, tokens, self.specials["vocab_size"])
         self.checked.add(shard)
 
-    # The pool: windows drawn and not yet placed, in the order drawn and by length.
-
-    def _start_pool(self, windows: list[tuple[int, int, int]]) -> None:
-        self.pool: deque[tuple[int, tuple[int, int, int]]] = deque()
-        self.taken: set[int] = set()  # numbers in the pool that best fit has placed ahead of their turn
-        self.by_length: dict[int, deque] = {}
-        self.lengths = 0  # bit n is set when a window of n tokens, specials included, waits
-        self.drawn = 0
-        for window in windows:
-            self._put(window)
-
-    def _put(self, window: tuple[int, int, int]) -> None:
-        size = window[2] + 2
-        self.pool.append((self.drawn, window))
-        self.by_length.setdefault(size, deque()).append((self.drawn, window))
-        self.lengths |= 1 << size
-        self.drawn += 1
-
     def _fill_pool(self) -> None:
-        while len(self.pool) - len(self.taken) < LOOK_AHEAD and self.shard < len(self.order):
+        while len(self.pool) < LOOK_AHEAD and self.shard < len(self.order):
             if self.cursor < len(self.windows):
-                self._put(self.windows[self.cursor])
+                self.pool.append(self.windows[self.cursor])
                 self.cursor += 1
             else:
                 self.shard, self.cursor = self.shard + 1, 0
@@ -341,20 +323,14 @@ class RowStream:
 
     def _take(self, room: int) -> tuple[int, int, int] | None:
         """The next window in turn if it fits into `room` tokens, else the longest that fits, else None."""
-        while self.pool and self.pool[0][0] in self.taken:
-            self.taken.remove(self.pool.popleft()[0])
-        if not self.pool:
+        if self.pool and self.pool[0][2] + 2 <= room:
+            return self.pool.pop(0)
+        fitting = [window for window in self.pool if window[2] + 2 <= room]
+        if not fitting:
             return None
-        size = self.pool[0][1][2] + 2
-        if size > room:
-            size = (self.lengths & ((2 << room) - 1)).bit_length() - 1
-            if size < 0:
-                return None
-        number, window = self.by_length[size].popleft()  # of one length, the first drawn: if in turn, the pool's head
-        if not self.by_length[size]:
-            self.lengths ^= 1 << size
-        self.taken.add(number)
-        return window
+        longest = max(fitting, key=lambda window: window[2])  # of one length, the first drawn
+        self.pool.remove(longest)
+        return longest
 
     def next_row(self) -> list[tuple[int, int, int]] | None:
         """The windows of the next row; None at the end of a stream that has one."""
@@ -546,9 +522,9 @@ def data_hash(manifest: dict) -> str:
     return hashlib.sha256(json.dumps([manifest["tokenizer"]["sha256"], shards]).encode()).hexdigest()
 
 
-def count_text(manifest: dict) -> tuple[int, float | None]:
-    """Of the train shards: tokens of text, [CLS] and [SEP] left out, and words per token, None where it is unknown."""
-    shards = [entry for entry in manifest["shards"].values() if entry["split"] == "train"]
+def count_text(manifest: dict, split: str = "train") -> tuple[int, float | None]:
+    """Of a split's shards: tokens of text, [CLS] and [SEP] left out, and words per token, None where it is unknown."""
+    shards = [entry for entry in manifest["shards"].values() if entry["split"] == split]
     tokens = sum(entry["tokens"] - 2 * entry.get("documents", 0) for entry in shards)
     counted = tokens > 0 and all("words" in entry for entry in shards)
     return tokens, sum(entry["words"] for entry in shards) / tokens if counted else None

@@ -200,7 +200,7 @@ class Attention(nn.Module):
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, stacked=3 * self.num_heads)
         self.out = ZeroLinear(config.hidden_size, config.hidden_size)
         self.norm = nn.RMSNorm(config.head_dim, config.norm_eps, elementwise_affine=False)
-        self.value_lambda = nn.Parameter(torch.tensor(0.5)) if config.value_residual and layer > 0 else None
+        self.value_lambda = nn.Parameter(torch.empty(())) if config.value_residual and layer > 0 else None
         biased = config.neighbour_heads and not config.is_global(layer)
         self.qk_bias = nn.Parameter(torch.empty(2, self.num_heads, config.head_dim)) if biased else None
 
@@ -243,9 +243,9 @@ class Block(GradientCheckpointingLayer):
         self.attention = Attention(config, layer)
         self.mlp = GeGLU(config)
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps, elementwise_affine=False)
-        self.input_lambdas = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embedding_skip and layer > 0 else None
+        self.input_lambdas = nn.Parameter(torch.empty(2)) if config.embedding_skip and layer > 0 else None
         skipped_to = config.unet_skips and 2 * layer > config.num_hidden_layers
-        self.skip_lambda = nn.Parameter(torch.tensor(0.0)) if skipped_to else None
+        self.skip_lambda = nn.Parameter(torch.empty(())) if skipped_to else None
 
     def forward(self, x: Tensor, x0: Tensor, skip, first_value, rotary, mask, wanted: Tensor | None):
         """x, x0, skip [B, S, d] -> [B, S, d], or [1, N, d] at the positions wanted [N] of a row; and its values."""

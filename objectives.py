@@ -79,13 +79,6 @@ def corrupt(row: Row, masked: Tensor, mask_id: int) -> tuple[Tensor, ...]:
 # Functions of a row, compiled
 
 
-def compile_each_shape(function: Callable) -> Callable:
-    """torch.compile with a graph for each shape. Running out of graphs is an error: the rest would run eagerly."""
-    torch._dynamo.config.recompile_limit = 128
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    return torch.compile(function, dynamic=False)
-
-
 def compile_rows(function: Callable, encoder: KBERTModel, compiled: bool) -> Callable:
     """function(input_ids, document_ids, positions, ..., max_seqlen, window, slots), run by `encoder`.
 
@@ -94,7 +87,10 @@ def compile_rows(function: Callable, encoder: KBERTModel, compiled: bool) -> Cal
     if not compiled:
         return function
     backend = encoder.attention_backend = compiled_backend(encoder.device)
-    compiled_function = compile_each_shape(function)
+    # A graph for each shape. Running out of graphs is an error: the rest would run eagerly
+    torch._dynamo.config.recompile_limit = 128
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    compiled_function = torch.compile(function, dynamic=False)
 
     def call(*row: Tensor, max_seqlen: int, window: int) -> object:
         T, document_ids = row[0].size(0), row[1]

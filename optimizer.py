@@ -97,12 +97,10 @@ class Group:
         stack = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
         padding = self.share * self.world_size - self.rows
         self.stack = torch.cat([stack, stack.new_zeros(padding, *self.row)]) if padding else stack
-        self.pending = None
+        self.gradient, self.pending = self.stack, None
         if self.world_size > 1:
             self.gradient = self.stack.new_empty(self.share, *self.row)
             self.pending = reduce_scatter(self.gradient, self.stack, async_op=True)
-        else:
-            self.gradient = self.stack
 
     def exchange(self, update: Tensor) -> None:
         """Starts handing every rank's [share, ...] updates to all."""
@@ -128,11 +126,10 @@ class Group:
         """Whole state on the CPU, whatever the world size; every rank must call."""
         whole = {}
         for key, share in self.state.items():
+            stack = share
             if self.world_size > 1:
                 stack = share.new_empty(self.world_size * share.size(0), *share.shape[1:])
                 all_gather(stack, share.contiguous())
-            else:
-                stack = share
             whole[f"{self.name}.{key}"] = stack[: self.rows].cpu().clone()
         return whole
 
@@ -246,10 +243,6 @@ class Optimizer:
     @property
     def groups(self) -> list[Group]:
         return [*self.adam, *self.muon]
-
-    def bytes_sent(self) -> int:
-        """By each rank in a step: fp32 gradients of every other rank's share, and its bf16 updates to every other."""
-        return sum(group.share * math.prod(group.row) * (group.world_size - 1) * (4 + 2) for group in self.groups)
 
     def step(self, lr_factor: float, momentum: float) -> None:
         """One update from the gradients, each rank's part of a loss that is a sum over ranks. Frees the gradients.

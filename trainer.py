@@ -35,14 +35,17 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
 from jsonargparse import ArgumentParser, set_loader
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt, restricted_number_type
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from dataloading import (
     InputError,
@@ -372,8 +375,10 @@ class Process:
             except Exception as found:  # a defect of ours: the others must not wait for rank 0
                 defect, error = found, InputError(f"rank 0 failed: {type(found).__name__}: {first_line(found)}")
         if self.world_size > 1:
-            result, error = broadcast(result, error)
-        if defect or error:
+            shared = [result, error]
+            dist.broadcast_object_list(shared, src=0)
+            result, error = shared
+        if error:
             raise defect or error
         return result
 
@@ -391,13 +396,6 @@ class Process:
         together = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(together, operation)
         return together.tolist()
-
-
-def broadcast(*values: object) -> list:
-    """Rank 0's values, on every rank."""
-    values = list(values)
-    dist.broadcast_object_list(values, src=0)
-    return values
 
 
 @contextlib.contextmanager
@@ -632,6 +630,13 @@ class RunFinished(InputError):
 # Hugging Face Hub: in the background; no failure ends a run
 
 
+TO_PUSH = "to_push"  # in a run's folder: what the Hub lacks, one folder per branch
+
+
+def unpushed(run: Path) -> list[Path]:
+    return sorted(path for path in (run / TO_PUSH).glob("*") if path.suffix != ".tmp")
+
+
 class HubPusher:
     """Uploads folders of a run. What could not be uploaded stays on disk, with the command that uploads it later."""
 
@@ -642,9 +647,7 @@ class HubPusher:
 
     def check(self) -> None:
         """Checks token and name before training starts. Raises InputError."""
-        from huggingface_hub import HfApi
-
-        self.api = HfApi()
+        self.api = huggingface_hub.HfApi()
         try:
             self.limit()
             self.api.whoami()
@@ -657,9 +660,7 @@ class HubPusher:
 
     def limit(self) -> None:
         """By default, the client waits forever for an answer."""
-        from huggingface_hub import get_session
-
-        get_session().timeout = 60 * self.minutes
+        huggingface_hub.get_session().timeout = 60 * self.minutes
 
     def push(self, folder: Path, revision: str) -> None:
         """Starts uploading; the folder is the pusher's from now on."""
@@ -696,13 +697,6 @@ class HubPusher:
         return f"not pushed, kept on disk; push it later with:  {command}"
 
 
-TO_PUSH = "to_push"  # in a run's folder: what the Hub lacks, one folder per branch
-
-
-def unpushed(run: Path) -> list[Path]:
-    return sorted(path for path in (run / TO_PUSH).glob("*") if path.suffix != ".tmp")
-
-
 MODEL_CARD = """---
 {{ card_data }}
 ---
@@ -719,7 +713,7 @@ A KBERT encoder: {{ config.num_hidden_layers }} layers x {{ config.hidden_size }
 ```python
 {% if masked -%}
 from transformers import pipeline
-pipeline("fill-mask", "{{ name }}", trust_remote_code=True)("The capital of France is {{ mask }}.")
+pipeline("fill-mask", "{{ name }}"{{ branch }}, trust_remote_code=True)("The capital of France is {{ mask }}.")
 {%- else -%}
 from transformers import AutoModel
 encoder = AutoModel.from_pretrained("{{ name }}", trust_remote_code=True)
@@ -870,8 +864,6 @@ class Run:
             )
         self.tokenizer = None
         if (self.directory / "tokenizer").exists():
-            from transformers import AutoTokenizer
-
             try:
                 self.tokenizer = AutoTokenizer.from_pretrained(self.directory / "tokenizer")
             except Exception as error:  # whatever transformers makes of a file that is damaged
@@ -896,12 +888,6 @@ class Run:
         if self.hub:
             self.process.on_main(self.open_hub)
 
-    def open_hub(self) -> None:
-        """Also pushes what a killed run left."""
-        self.hub.check()
-        for path in unpushed(self.folder):
-            self.hub.push(path, path.name)
-
     def claim_folder(self) -> tuple[Path | None, Path, dict | None]:
         """The checkpoint to resume, the run's folder, and what the checkpoint's state.json says."""
         train, out = self.train, Path(self.train.out)
@@ -912,9 +898,7 @@ class Run:
                 hub = HubPusher(train.hf_model_name, train.hub_minutes)
                 said += [hub.command(path, path.name) for path in unpushed(folder)]
             raise RunFinished("\n".join(said))
-        checkpoint = None
-        if train.resume:
-            checkpoint = find_checkpoint(train.resume, out, train.run_name, train.start_afresh)
+        checkpoint = find_checkpoint(train.resume, out, train.run_name, train.start_afresh) if train.resume else None
         if checkpoint:
             of = checkpoint.parent.parent
             if train.run_name and folder.resolve() != of.resolve():
@@ -934,6 +918,12 @@ class Run:
         (folder / "log.txt").touch()  # says now, not in an hour, that this place cannot be written
         return checkpoint, folder, json.loads((checkpoint / "state.json").read_text()) if checkpoint else None
 
+    def open_hub(self) -> None:
+        """Also pushes what a killed run left."""
+        self.hub.check()
+        for path in unpushed(self.folder):
+            self.hub.push(path, path.name)
+
     def build_model(self) -> None:
         """Compiles, and measures what fits."""
         train, process = self.train, self.process
@@ -944,17 +934,16 @@ class Run:
         torch.use_deterministic_algorithms(train.deterministic)
         self.config = model_config(self.manifest["tokenizer"], self.data.max_length, self.model_values)
         self.objective = make_objective(self.config, train, self.data.max_length)
-        self.network, self.flops_counted_by = self.objective.network, self.objective.flops_counted_by
         self.parameters = self.objective.model.num_parameters()  # of what is kept: a generator is not
         obstacle = why_eager(process.device)
         self.compiled = train.compile and obstacle is None
         if train.compile and obstacle and process.is_main:
             print(f"running eagerly, several times slower: {obstacle}")
         self.objective.prepare(process.device, compute_dtype(process.device), self.compiled)
-        self.optimizer = make_optimizer(self.network, self.config, train, process, self.compiled)
+        self.optimizer = make_optimizer(self.objective.network, self.config, train, process, self.compiled)
 
         def attempt(row_tokens: int) -> None:
-            self.network.zero_grad(set_to_none=True)
+            self.objective.network.zero_grad(set_to_none=True)
             warm_up(self.objective, train, row_tokens, self.data.max_length)
 
         started = time.perf_counter()
@@ -989,22 +978,7 @@ class Run:
             "max_length": self.data.max_length,
         }
 
-    def limit_of_text(self) -> float:
-        """Tokens of text after which no step begins, so that none goes beyond epochs and max_words."""
-        epochs, words = self.train.epochs, self.train.max_words
-        most = math.inf if epochs is None else epochs * self.epoch_text
-        most = most if words is None else min(most, words / self.words_per_token)
-        step = self.rows_per_rank * self.row_tokens * self.process.world_size
-        if most <= step:
-            raise InputError(
-                f"--train.epochs and --train.max_words leave {most:,.0f} tokens of text, less than a step may have: "
-                f"lower --train.batch_tokens from {step:,}"
-            )
-        return most - step
-
     def load_checkpoint(self) -> None:
-        from safetensors.torch import load_file
-
         state = self.saved
         here = json.loads(json.dumps(self.identity))
         if different := [name for name in here if state["identity"].get(name) != here[name]]:
@@ -1026,6 +1000,19 @@ class Run:
     def validation_loader(self, split: str, process: Process) -> Loader:
         """The first valid_tokens of a split, in the order on disk."""
         return self.loader_of(split, process, seed=None, max_tokens=self.data.valid_tokens)
+
+    def limit_of_text(self) -> float:
+        """Tokens of text after which no step begins, so that none goes beyond epochs and max_words."""
+        epochs, words = self.train.epochs, self.train.max_words
+        most = math.inf if epochs is None else epochs * self.epoch_text
+        most = most if words is None else min(most, words / self.words_per_token)
+        step = self.rows_per_rank * self.row_tokens * self.process.world_size
+        if most <= step:
+            raise InputError(
+                f"--train.epochs and --train.max_words leave {most:,.0f} tokens of text, less than a step may have: "
+                f"lower --train.batch_tokens from {step:,}"
+            )
+        return most - step
 
     def resolved(self) -> dict:
         """Every setting as this run has it."""
@@ -1112,15 +1099,6 @@ class Run:
         self.rows.close()
         return finished
 
-    def agree(self, signals: list[int]) -> tuple[float, float]:
-        """Seconds of training and the stop signal; ranks agree on them at every step if the clock ends the run."""
-        if self.process.world_size > 1 and self.train.max_minutes is None and self.step % self.agree_every:
-            return self.clock.now(), 0
-        seconds, stopped = self.process.max(self.clock.now(), max(signals, default=0))
-        # At least every ten seconds: thirty after its SIGTERM, torchrun kills what has not saved yet
-        self.agree_every = min(self.train.log_every, max(1, int(10 * self.step / max(seconds, 1e-9))))
-        return seconds, stopped
-
     def train_until(self, signals: list[int]) -> bool:
         """signals: those that ask the run to stop, as they come."""
         train = self.train
@@ -1153,6 +1131,15 @@ class Run:
                 self.clock.stop()
                 self.write_losses()
             self.save_at_words(words, self.words)
+
+    def agree(self, signals: list[int]) -> tuple[float, float]:
+        """Seconds of training and the stop signal; ranks agree on them at every step if the clock ends the run."""
+        if self.process.world_size > 1 and self.train.max_minutes is None and self.step % self.agree_every:
+            return self.clock.now(), 0
+        seconds, stopped = self.process.max(self.clock.now(), max(signals, default=0))
+        # At least every ten seconds: thirty after its SIGTERM, torchrun kills what has not saved yet
+        self.agree_every = min(self.train.log_every, max(1, int(10 * self.step / max(seconds, 1e-9))))
+        return seconds, stopped
 
     def progress(self, seconds: float) -> float:
         if self.steps is not None:
@@ -1226,7 +1213,7 @@ class Run:
         self.log.bar.update(self.step - self.log.bar.n)
 
     def flops(self) -> float:
-        return self.work.training_flops(self.config, self.flops_counted_by, self.train.generator_layers)
+        return self.work.training_flops(self.config, self.objective.flops_counted_by, self.train.generator_layers)
 
     def validate(self, loader: Loader) -> dict[str, float]:
         found = self.objective.validate(loader, self.window, self.process.sum)
@@ -1244,7 +1231,7 @@ class Run:
     # --- saving
 
     def check_weights(self) -> None:
-        finite = all(bool(torch.isfinite(p).all()) for p in self.network.parameters())
+        finite = all(bool(torch.isfinite(p).all()) for p in self.objective.network.parameters())
         if not finite:  # the loss would tell only at the next step
             raise self.not_finite(f"the weights after step {self.step} are not finite")
 
@@ -1257,14 +1244,19 @@ class Run:
 
     def keep_model(self, folder: Path) -> None:
         save_folder(folder, self.write_parts)
-        if self.hub:
-            self.hub.push(self.to_push(folder, folder.name), folder.name)
+        if self.hub and (copy := self.to_push(folder.name, self.write_parts)):
+            self.hub.push(copy, folder.name)
         self.log.section("saved", str(folder), echo=True)
 
-    def to_push(self, folder: Path, revision: str) -> Path:
-        """A copy, which is there until the Hub has it."""
+    def to_push(self, revision: str, write: Callable[[Path], None]) -> Path | None:
+        """A copy, which is there until the Hub has it; None, with a warning, where the disk has no room for it."""
         copy = self.folder / TO_PUSH / revision
-        save_folder(copy, lambda into: shutil.copytree(folder, into, dirs_exist_ok=True))
+        try:
+            save_folder(copy, write)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(copy.with_name(f"{revision}.tmp"), ignore_errors=True)
+            print(f"warning: {copy} cannot be written ({first_line(error)}), so it is not pushed", file=sys.stderr)
+            return None
         return copy
 
     def write_parts(self, into: Path) -> None:
@@ -1281,9 +1273,6 @@ class Run:
 
         If writing fails, the run goes on if there is another checkpoint.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         state = {
             "step": self.step,
             "seconds": self.clock.seconds,
@@ -1318,10 +1307,9 @@ class Run:
         for old in checkpoints_of(self.folder)[: -self.train.keep_checkpoints]:
             shutil.rmtree(old)
         if self.hub and push:
-            copy = self.folder / TO_PUSH / folder.name
             model, weights = self.objective.parts()[""]
-            save_folder(copy, lambda into: save_model(into, model, self.tokenizer, weights))
-            self.hub.push(copy, folder.name)
+            if copy := self.to_push(folder.name, lambda into: save_model(into, model, self.tokenizer, weights)):
+                self.hub.push(copy, folder.name)
         self.log.section("saved", str(folder), echo=True)
 
     # --- the end
@@ -1329,9 +1317,7 @@ class Run:
     def finish(self) -> None:
         """The model in Hugging Face form, then what may still fail: test loss and result."""
         self.process.on_main(self.write_models)
-        tests = [entry for entry in self.manifest["shards"].values() if entry["split"] == "test"]
-        text = sum(entry["tokens"] - 2 * entry.get("documents", 0) for entry in tests)
-        has_test = text >= 200  # fewer might have none masked
+        has_test = count_text(self.manifest, "test")[0] >= 200  # fewer tokens might have none masked
         self.test_loss = self.validate(self.validation_loader("test", self.process))["val_loss"] if has_test else None
         self.process.on_main(self.write_result)
 
@@ -1339,7 +1325,7 @@ class Run:
         for part in self.objective.parts():
             save_folder(self.folder / (part or "model"), partial(self.write_model, part))
             if self.hub:
-                self.to_push(self.folder / (part or "model"), part or "main")
+                self.to_push(part or "main", partial(self.write_model, part))
 
     def write_result(self) -> None:
         result = {
@@ -1350,7 +1336,7 @@ class Run:
             "test_loss": self.test_loss,
             "seconds": self.clock.seconds,
             "flops": self.flops(),
-            "flops_counted_by": self.flops_counted_by,
+            "flops_counted_by": self.objective.flops_counted_by,
             "work": dataclasses.asdict(self.work),
             "parameters": self.parameters,
             "model_sha256": sha256_of(self.folder / "model" / "model.safetensors"),
@@ -1358,8 +1344,6 @@ class Run:
         self.log.close(result)
 
     def write_model(self, part: str, into: Path) -> None:
-        from huggingface_hub import ModelCard, ModelCardData
-
         model, weights = self.objective.parts()[part]
         save_model(into, model, self.tokenizer, weights)
         masked = isinstance(model, KBERTForMaskedLM)
@@ -1371,14 +1355,15 @@ class Run:
         numbers["hardware"] = f"{self.process.world_size} x {device}"
         tags = ["kbert", "encoder", "masked-lm" if masked else "replaced-token-detection"]
         task = "fill-mask" if masked else "feature-extraction"
-        data = ModelCardData(library_name="transformers", pipeline_tag=task, license="mit", tags=tags)
-        card = ModelCard.from_template(
+        data = huggingface_hub.ModelCardData(library_name="transformers", pipeline_tag=task, license="mit", tags=tags)
+        card = huggingface_hub.ModelCard.from_template(
             data,
             template_str=MODEL_CARD,
             manifest=self.manifest,
             config=model.config,
             parameters=model.num_parameters(),
             masked=masked,
+            branch=f', revision="{part}"' if part and self.hub else "",
             numbers=numbers,
             name=self.train.hf_model_name or self.folder.name,
             mask=getattr(self.tokenizer, "mask_token", "[MASK]"),
@@ -1449,15 +1434,18 @@ def answers(model: KBERTForMaskedLM, tokenizer) -> list[str]:
 def locate_data(name: str, process: Process) -> Path:
     """The folder as named; data/sample is the checkout's wherever the command runs, and is built if missing."""
     sample = ROOT / SAMPLE
-    if name != SAMPLE or (Path(name) / "manifest.json").exists():
-        return Path(name)
-    if not (sample / "manifest.json").exists():
-        from data.make_sample import make_sample
 
-        if process.is_main:
+    def locate() -> Path:
+        if name != SAMPLE or (Path(name) / "manifest.json").exists():
+            return Path(name)
+        if not (sample / "manifest.json").exists():
+            from data.make_sample import make_sample
+
             print(f"no {SAMPLE}: building it from the documentation of the installed packages")
-        process.on_main(lambda: make_sample(sample))
-    return sample
+            make_sample(sample)
+        return sample
+
+    return process.on_main(locate)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -39,8 +39,8 @@ ROOT = Path(__file__).resolve().parents[1]
 class Clock:
     """Seconds of training: it stands still while the run validates, saves and writes."""
 
-    def __init__(self, device: torch.device, seconds: float = 0.0):
-        self.device, self.seconds, self.started = device, seconds, None
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self.started = device, 0.0, None
 
     def start(self) -> None:
         if self.started is None:

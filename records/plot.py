@@ -83,9 +83,10 @@ def draw(runs: Sequence[Path], out: Path) -> None:
     drawn, axes = figure(len(panels))
     for axis, panel in zip(axes, panels):
         for color, (path, curves) in zip(itertools.cycle(COLORS), found.items()):
+            name = path.parent.name if path.name == "log.txt" else path.name
             for number, (points, style) in enumerate(curves[panel]):
                 alpha = 1.0 if "o" in style or panel != "loss" else 0.55
-                label = path.name if number == 0 and len(found) > 1 else None
+                label = name if number == 0 and len(found) > 1 else None
                 axis.plot(*zip(*points), style, color=color, lw=1.3, ms=3.5, alpha=alpha, label=label)
         axis.set_xlabel("training time (minutes)")
         axis.set_title(PANELS[panel], fontsize=10)

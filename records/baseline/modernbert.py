@@ -105,12 +105,14 @@ class Reference:
     concatenated  documents run together and cut into lines of max_length, without padding; attention crosses documents
     """
 
+    flops_counted_by = WHOLE_LAST_LAYER  # its layers are all alike
+    measures = ("train_loss",)
+
     def __init__(self, config: KBERTConfig, max_length: int, device, shape: str, compiled: bool, lr: float, seed: int):
         torch.manual_seed(seed)
-        self.measures = ("train_loss",)
         self.name = f"modernbert {shape} {'compiled' if compiled else 'eager'}"
         self.config, self.max_length, self.shape, self.lr, self.seed = config, max_length, shape, lr, seed
-        self.model = self.masked_lm = make_model(config, max_length).to(device).train()
+        self.model = self.network = self.masked_lm = make_model(config, max_length).to(device).train()
         self.call = torch.compile(self.model) if compiled else self.model
         matrices = {"params": [p for p in self.model.parameters() if p.ndim == 2], "weight_decay": 0.01}
         others = {"params": [p for p in self.model.parameters() if p.ndim != 2], "weight_decay": 0.0}
@@ -198,8 +200,6 @@ class Reference:
 class BaselineRun(Run):
     """The trainer's run around the reference; what is not said here is as it is there."""
 
-    flops_counted_by = WHOLE_LAST_LAYER  # its layers are all alike
-
     def __init__(self, process: Process, settings: dict, argv: list[str], code: dict[str, str]):
         self.lr, self.shape, train = settings["lr"], settings["shape"], settings["train"]
         if train["objective"] != "mlm":
@@ -228,12 +228,12 @@ class BaselineRun(Run):
         self.config = model_config(self.manifest["tokenizer"], longest, self.model_values)
         self.compiled = train.compile and self.shape == "concatenated" and why_eager(device) is None
         self.objective = Reference(self.config, longest, device, self.shape, self.compiled, self.lr, train.seed)
-        self.network, self.optimizer = self.objective.model, self.objective.optimizer
-        self.parameters = sum(p.numel() for p in self.network.parameters())
+        self.optimizer = self.objective.optimizer
+        self.parameters = sum(p.numel() for p in self.objective.model.parameters())
         self.row_tokens, self.rows_per_rank = train.row_tokens, 1
         started, rows = time.perf_counter(), iter(self.loader_of("train", self.process, seed=train.seed))
         self.objective.gradients(next(rows), mask_count(train.mask_rate_start, self.row_tokens))  # compiles
-        self.network.zero_grad()
+        self.objective.model.zero_grad()
         self.compile_seconds = time.perf_counter() - started
         rows.close()
 
@@ -266,7 +266,7 @@ class BaselineRun(Run):
             raise InputError(f"{what} is {loss}: lower --lr from {self.lr:g}")
 
     def write_model(self, part: str, into: Path) -> None:
-        save_model(into, self.network, self.tokenizer)
+        save_model(into, self.objective.model, self.tokenizer)
 
 
 def main(argv: list[str] | None = None) -> None:
