@@ -882,6 +882,16 @@ def test_a_row_that_does_not_fit_on_one_rank_ends_all(corpus, tmp_path):
     assert "Traceback" not in result.stderr.split("torch/distributed")[0]
 
 
+def test_a_copy_for_the_hub_that_finds_no_room_ends_nothing(tmp_path, capsys):
+    def write(into: Path) -> None:
+        (into / "half").write_text("a")
+        raise OSError(28, "No space left on device")
+
+    assert trainer.Run.to_push(types.SimpleNamespace(folder=tmp_path), "main", write) is None
+    assert "No space left on device), so it is not pushed" in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_the_sample_is_found_from_any_folder(tmp_path, monkeypatch):
     sample = tmp_path / "checkout" / "data" / "sample"
     sample.mkdir(parents=True)
