@@ -720,8 +720,11 @@ encoder = AutoModel.from_pretrained("{{ name }}", trust_remote_code=True)
 {%- endif %}
 ```
 
-AdamW's usual 5e-5 finetunes it; Muon for the layers' matrices, beside AdamW for all else, does it better. With the
-`train` set tokenized:
+{% if masked -%}
+AdamW's usual 5e-5 finetunes it; Muon for the layers' matrices, beside AdamW for all else, is a point or two better.
+{%- else -%}
+Finetune it with Muon for the layers' matrices, beside AdamW for all else: AdamW alone, at its usual 5e-5, loses points.
+{%- endif %} With the `train` set tokenized:
 
 ```python
 import torch
