@@ -60,7 +60,7 @@ from dataloading import (
     usable_cores,
 )
 from model import PRESETS as MODEL_PRESETS
-from model import KBERTConfig, KBERTForMaskedLM, option
+from model import KBERTConfig, KBERTForMaskedLM, compiled_backend, option
 from objectives import MaskedLM, ReplacedTokenDetection, mask_count
 from optimizer import POLAR_EXPRESS, Optimizer, all_gather, reduce_scatter
 from records.log import Clock, RunLog, Work, cut_log, environment, log_line, peak_flops, read_code
@@ -936,6 +936,11 @@ class Run:
             raise InputError("--train.deterministic true needs `export CUBLAS_WORKSPACE_CONFIG=:4096:8`")
         torch.use_deterministic_algorithms(train.deterministic)
         self.config = model_config(self.manifest["tokenizer"], self.data.max_length, self.model_values)
+        if compiled_backend(process.device) == "flex" and self.config.head_dim < 16:
+            raise InputError(
+                f"heads are {self.config.head_dim} wide, and a GPU's attention needs 16: lower "
+                f"--model.num_attention_heads to {self.config.hidden_size // 16} at most"
+            )
         self.objective = make_objective(self.config, train, self.data.max_length)
         self.parameters = self.objective.model.num_parameters()  # of what is kept: a generator is not
         obstacle = why_eager(process.device)

@@ -882,6 +882,12 @@ def test_a_row_that_does_not_fit_on_one_rank_ends_all(corpus, tmp_path):
     assert "Traceback" not in result.stderr.split("torch/distributed")[0]
 
 
+def test_heads_too_narrow_for_a_gpu_are_refused(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "compiled_backend", lambda device: "flex")
+    with pytest.raises(InputError, match="heads are 8 wide, .* lower --model.num_attention_heads to 4 at most"):
+        main(flags(corpus, tmp_path, "narrow", "--model.num_attention_heads 8 --model.hidden_size 64"))
+
+
 def test_a_copy_for_the_hub_that_finds_no_room_ends_nothing(tmp_path, capsys):
     def write(into: Path) -> None:
         (into / "half").write_text("a")
