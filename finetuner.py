@@ -239,7 +239,9 @@ class Base:
     def title(self) -> str:
         """The Hub id, or the folder's name; for logs/RUN/model, RUN."""
         path = Path(self.name).resolve()
-        return self.name if not path.exists() else path.parent.name if path.name == "model" else path.name
+        if not path.exists():
+            return self.name
+        return path.parent.name if path.name in ("model", "generator") else path.name
 
 
 def newest_run(out: Path, preset: str) -> Path:

@@ -713,7 +713,7 @@ A KBERT encoder: {{ config.num_hidden_layers }} layers x {{ config.hidden_size }
 ```python
 {% if masked -%}
 from transformers import pipeline
-pipeline("fill-mask", "{{ name }}"{{ branch }}, trust_remote_code=True)("The capital of France is {{ mask }}.")
+pipeline("fill-mask", "{{ name }}"{{ ref }}, trust_remote_code=True)("The capital of France is {{ mask }}.")
 {%- else -%}
 from transformers import AutoModel
 encoder = AutoModel.from_pretrained("{{ name }}", trust_remote_code=True)
@@ -721,16 +721,16 @@ encoder = AutoModel.from_pretrained("{{ name }}", trust_remote_code=True)
 ```
 
 {% if masked -%}
-AdamW's usual 5e-5 finetunes it; Muon for the layers' matrices, beside AdamW for all else, is a point or two better.
+AdamW's usual 5e-5 finetunes it; Muon for the layers' matrices, beside AdamW for all else, does a little better.
 {%- else -%}
 Finetune it with Muon for the layers' matrices, beside AdamW for all else: AdamW alone, at its usual 5e-5, loses points.
-{%- endif %} With the `train` set tokenized:
+{%- endif %} With its `tokenizer`, and your `train` set tokenized:
 
 ```python
 import torch
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-model = AutoModelForSequenceClassification.from_pretrained("{{ name }}", num_labels=3, trust_remote_code=True)
+model = AutoModelForSequenceClassification.from_pretrained("{{ name }}"{{ ref }}, num_labels=3, trust_remote_code=True)
 matrices = [p for p in model.encoder.blocks.parameters() if p.ndim == 2]
 others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
 muon = torch.optim.Muon(matrices, lr=0.01 / model.config.weight_multiplier, weight_decay=0.01)
@@ -936,15 +936,15 @@ class Run:
             raise InputError("--train.deterministic true needs `export CUBLAS_WORKSPACE_CONFIG=:4096:8`")
         torch.use_deterministic_algorithms(train.deterministic)
         self.config = model_config(self.manifest["tokenizer"], self.data.max_length, self.model_values)
-        if compiled_backend(process.device) == "flex" and self.config.head_dim < 16:
-            raise InputError(
-                f"heads are {self.config.head_dim} wide, and a GPU's attention needs 16: lower "
-                f"--model.num_attention_heads to {self.config.hidden_size // 16} at most"
-            )
         self.objective = make_objective(self.config, train, self.data.max_length)
         self.parameters = self.objective.model.num_parameters()  # of what is kept: a generator is not
         obstacle = why_eager(process.device)
         self.compiled = train.compile and obstacle is None
+        if self.compiled and compiled_backend(process.device) == "flex" and self.config.head_dim < 16:
+            raise InputError(
+                f"heads are {self.config.head_dim} wide, and a GPU's attention needs 16: lower "
+                f"--model.num_attention_heads to {self.config.hidden_size // 16} at most"
+            )
         if train.compile and obstacle and process.is_main:
             print(f"running eagerly, several times slower: {obstacle}")
         self.objective.prepare(process.device, compute_dtype(process.device), self.compiled)
@@ -1371,7 +1371,7 @@ class Run:
             config=model.config,
             parameters=model.num_parameters(),
             masked=masked,
-            branch=f', revision="{part}"' if part and self.hub else "",
+            ref=f', revision="{part}"' if part and self.hub else "",
             numbers=numbers,
             name=self.train.hf_model_name or self.folder.name,
             mask=getattr(self.tokenizer, "mask_token", "[MASK]"),
@@ -1385,7 +1385,8 @@ class Run:
         self.log.bar.close()
         if finished:
             for part in self.objective.parts() if self.hub else ():
-                self.hub.push(self.folder / TO_PUSH / (part or "main"), part or "main")
+                copy = self.folder / TO_PUSH / (part or "main")
+                self.hub.push(copy if copy.exists() else self.folder / (part or "model"), part or "main")
             self.print_summary()
         else:
             print(f"stopped at step {self.step}; continue with --train.resume auto")

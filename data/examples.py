@@ -140,7 +140,8 @@ def quotes_close(paths: list[Path]) -> bool:
             except csv.Error:  # a cell without end, or one that goes on behind its quote
                 return False
         # Two stray quotes, a line or more apart, would enclose the end of one row and the beginning of another
-        if len(set(map(len, rows))) > 1 or any("\t" in cell and "\n" in cell for row in rows for cell in row):
+        long = [cell for row in rows for cell in row if "\n" in cell]
+        if long and (len(set(map(len, rows))) > 1 or any("\t" in cell for cell in long)):
             return False
     return True
 
@@ -202,7 +203,7 @@ def read_labels(tables: dict, column: str, own: bool) -> dict[str, list]:
     labels = {}
     for split, rows in tables.items():
         values = list(rows[column]) if column in rows.column_names else [None] * len(rows)
-        values = [tidy_label(value) for value in values]
+        values = tidy_labels(values)
         kinds = {float if isinstance(value, int) else type(value) for value in values if value is not None}
         if len(kinds) > 1 or kinds & {list, dict}:
             names = ", ".join(sorted(kind.__name__ for kind in kinds))
@@ -213,6 +214,22 @@ def read_labels(tables: dict, column: str, own: bool) -> dict[str, list]:
         missing = {None} if own and set(values) - {-1, None} else {None, -1}
         labels[split] = [None if value in missing else value for value in values]
     return labels
+
+
+UNKNOWN = {"NA", "N/A", "n/a", "NULL", "null", "None"}  # a missing one among numbers, a class like others among words
+
+
+def tidy_labels(values: list) -> list:
+    """Labels as they are meant, None where one is missing."""
+    values = [tidy_label(value) for value in values]
+    words = {value for value in values if isinstance(value, str)}
+    if not words & UNKNOWN or words <= UNKNOWN:
+        return values
+    try:
+        numbers = {word: tidy_label(float(word)) for word in words - UNKNOWN}
+    except ValueError:
+        return values
+    return [numbers.get(value) if isinstance(value, str) else value for value in values]
 
 
 def tidy_label(value: object) -> object:
@@ -272,7 +289,8 @@ def read_shards(
 ) -> tuple[dict[str, Split], list[str] | None, int]:
     """Splits of packed shards, the classes' names where the manifest has them, and how many examples were cut."""
     manifest = read_manifest(directory)
-    check_tokenizer(directory, manifest["tokenizer"], tokenizer)
+    pairs = len(manifest["source"].get("columns") or (1, 2)) > 1
+    check_tokenizer(directory, manifest["tokenizer"], tokenizer, pairs)
     cls, sep = manifest["tokenizer"]["cls"], manifest["tokenizer"]["sep"]
     found, cut = collections.defaultdict(lambda: ([], [])), 0  # of each split texts and labels
     for name in sorted(manifest["shards"]):
@@ -303,7 +321,7 @@ def read_shards(
     return splits, manifest["source"].get("labels"), cut
 
 
-def check_tokenizer(directory: Path, specials: dict, tokenizer: PreTrainedTokenizerFast) -> None:
+def check_tokenizer(directory: Path, specials: dict, tokenizer: PreTrainedTokenizerFast, pairs: bool) -> None:
     """Raises InputError where the shards of a manifest's tokenizer are not in the tokenizer's own numbers."""
     vocabulary = tokenizer.get_vocab()
     if (directory / "tokenizer").is_dir():
@@ -317,7 +335,7 @@ def check_tokenizer(directory: Path, specials: dict, tokenizer: PreTrainedTokeni
             f"{tokenizer.name_or_path}: give raw text, or pack it again with `python data/pack_mnli.py --tokenizer` "
             "and the base model"
         )
-    if tokenizer.num_special_tokens_to_add(pair=True) != 3:
+    if pairs and tokenizer.num_special_tokens_to_add(pair=True) != 3:
         raise InputError(
             f"{directory} has one [SEP] between two texts, and {tokenizer.name_or_path} has more there: give raw text"
         )

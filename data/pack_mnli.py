@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.examples import NOT_A_VALUE, tidy_label
+from data.examples import NOT_A_VALUE, tidy_labels
 from data.train_tokenizer import bring_tokenizer, reading
 from dataloading import LABEL_END, NO_LABEL, InputError, run_script, sha256_of, write_json, write_shard
 
@@ -54,7 +54,7 @@ def open_splits(args: argparse.Namespace):
 
 def number_labels(splits: dict, column: str) -> tuple[dict, list | None]:
     """{split: labels as the shards store them}, and the names of the labels where they are words."""
-    raw = {split: list(map(tidy_label, rows[column])) for split, rows in splits.items()}
+    raw = {split: tidy_labels(rows[column]) for split, rows in splits.items()}
     known = {label for labels in raw.values() for label in labels if label is not None}
     names = sorted(known) if all(isinstance(label, str) for label in known) else None
     if not names and not all(isinstance(label, int) and -1 <= label < NO_LABEL for label in known):

@@ -570,6 +570,8 @@ def choose_examples(train: Split, most: int | None) -> tuple[Split, list[str]]:
 def choose_dev(splits: dict[str, Split], validation: str | None) -> str:
     if validation == "train":
         raise InputError("--data.validation train: a model cannot be chosen by what it learned; leave it out")
+    if validation == "validation" and HELD_OUT in splits:
+        validation = HELD_OUT
     named = [split for split in splits if split.startswith("validation")]
     others = [split for split in splits if split != "train"]
     dev = validation or next(split for split in ("validation", *named, *others) if split in splits)

@@ -762,6 +762,8 @@ def check_record(record: Record, tracks: dict[str, dict], before: Record | None)
             yield from check_track(log, track)
         yield from check_together(record.logs, "a run of this record")
         yield from check_limits(record, track)
+        if track["race"] != "flops":
+            yield from check_apart(record.logs)
         if not lacking:
             yield from check_claim(record, track, before)
             yield from check_page(record, track, before)

@@ -665,6 +665,9 @@ def test_a_quote_in_a_tsv_opens_no_cell(tokenizer, tmp_path):
     pd.DataFrame(rows, columns=["text", "label"]).to_csv(tmp_path / "train.tsv", sep="\t", index=False)
     lines = read_files(tmp_path)["train"]
     assert [list(row) for row in zip(lines["text"], lines["label"])] == rows
+    (tmp_path / "train.tsv").write_text('text\tlabel\n"a ""good"" film"\t1\n"bad"\n')  # the last has no label
+    assert list(read_files(tmp_path)["train"]["text"]) == ['a "good" film', "bad"]
+    (tmp_path / "train.tsv").write_text("text\tlabel\n" + "good\t1\nbad\t0\n" * 10)
     (tmp_path / "validation.jsonl").write_text('{"text": "good", "label": 1}\n')
     assert read_data("custom", tokenizer, 64, DataConfig(dataset=str(tmp_path))).splits["validation"].examples == 1
     (tmp_path / "validation.tsv").write_text("text\tlabel\ngood\t1\n")
@@ -682,6 +685,11 @@ def test_a_class_may_be_called_none(tokenizer, tmp_path, kind):
     data = read_data("custom", tokenizer, 64, DataConfig(dataset=str(tmp_path)))
     assert list(data.kind.classes) == ["NA", "None"]
     assert sum(split.known.sum() for split in data.splits.values()) == 59
+    for i, row in enumerate(rows):  # among numbers, it is one that is missing
+        row["label"] = "NA" if i == 7 else i % 4 + 0.5
+    pd.DataFrame(rows).to_csv(tmp_path / f"train{kind}", sep="\t" if kind == ".tsv" else ",", index=False)
+    data = read_data("custom", tokenizer, 64, DataConfig(dataset=str(tmp_path)))
+    assert data.kind.name == "number" and sum(split.known.sum() for split in data.splits.values()) == 59
 
 
 def test_named_classes_have_no_minus_one(tokenizer, tmp_path):

@@ -885,7 +885,8 @@ def test_a_row_that_does_not_fit_on_one_rank_ends_all(corpus, tmp_path):
 def test_heads_too_narrow_for_a_gpu_are_refused(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "compiled_backend", lambda device: "flex")
     with pytest.raises(InputError, match="heads are 8 wide, .* lower --model.num_attention_heads to 4 at most"):
-        main(flags(corpus, tmp_path, "narrow", "--model.num_attention_heads 8 --model.hidden_size 64"))
+        narrow = "--model.num_attention_heads 8 --model.hidden_size 64 --train.compile true"
+        main(flags(corpus, tmp_path, "narrow", narrow))
 
 
 def test_a_copy_for_the_hub_that_finds_no_room_ends_nothing(tmp_path, capsys):
