@@ -202,8 +202,8 @@ def read_labels(tables: dict, column: str, own: bool) -> dict[str, list]:
     """
     labels = {}
     for split, rows in tables.items():
-        values = list(rows[column]) if column in rows.column_names else [None] * len(rows)
-        values = tidy_labels(values)
+        labels[split] = list(rows[column]) if column in rows.column_names else [None] * len(rows)
+    for split, values in tidy_labels(labels).items():
         kinds = {float if isinstance(value, int) else type(value) for value in values if value is not None}
         if len(kinds) > 1 or kinds & {list, dict}:
             names = ", ".join(sorted(kind.__name__ for kind in kinds))
@@ -219,17 +219,20 @@ def read_labels(tables: dict, column: str, own: bool) -> dict[str, list]:
 UNKNOWN = {"NA", "N/A", "n/a", "NULL", "null", "None"}  # a missing one among numbers, a class like others among words
 
 
-def tidy_labels(values: list) -> list:
-    """Labels as they are meant, None where one is missing."""
-    values = [tidy_label(value) for value in values]
-    words = {value for value in values if isinstance(value, str)}
+def tidy_labels(labels: dict[str, list]) -> dict[str, list]:
+    """Labels of each split as they are meant, None where one is missing."""
+    labels = {split: [tidy_label(value) for value in values] for split, values in labels.items()}
+    words = {value for values in labels.values() for value in values if isinstance(value, str)}
     if not words & UNKNOWN or words <= UNKNOWN:
-        return values
+        return labels
     try:
-        numbers = {word: tidy_label(float(word)) for word in words - UNKNOWN}
+        number = {word: tidy_label(float(word)) for word in words - UNKNOWN} | dict.fromkeys(UNKNOWN)
     except ValueError:
-        return values
-    return [numbers.get(value) if isinstance(value, str) else value for value in values]
+        return labels
+    return {
+        split: [number[value] if isinstance(value, str) else value for value in values]
+        for split, values in labels.items()
+    }
 
 
 def tidy_label(value: object) -> object:

@@ -54,7 +54,7 @@ def open_splits(args: argparse.Namespace):
 
 def number_labels(splits: dict, column: str) -> tuple[dict, list | None]:
     """{split: labels as the shards store them}, and the names of the labels where they are words."""
-    raw = {split: tidy_labels(rows[column]) for split, rows in splits.items()}
+    raw = tidy_labels({split: rows[column] for split, rows in splits.items()})
     known = {label for labels in raw.values() for label in labels if label is not None}
     names = sorted(known) if all(isinstance(label, str) for label in known) else None
     if not names and not all(isinstance(label, int) and -1 <= label < NO_LABEL for label in known):

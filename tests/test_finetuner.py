@@ -1248,7 +1248,7 @@ def test_awkward_tables_are_read_or_refused(tokenizer, tmp_path, content, said):
     (tmp_path / "table.csv").write_bytes(content)
     if isinstance(said, int):
         found = read_data("custom", tokenizer, 64, DataConfig(dataset=str(tmp_path / "table.csv")))
-        assert len(found.kind.classes) == said and found.dev == "validation"
+        assert len(found.kind.classes) == said and found.dev == HELD_OUT
         return
     with pytest.raises(InputError, match=said) as caught:
         read_data("custom", tokenizer, 64, DataConfig(dataset=str(tmp_path / "table.csv")))
