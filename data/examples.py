@@ -114,10 +114,9 @@ def read_files(path: Path) -> dict:
     for split, paths in files.items():
         if not all(file.stat().st_size for file in paths):
             raise InputError(f"{paths[0]} is empty: write rows to it or take it away")
-        # A class may be called None, a text may be "null"
-        more = {"keep_default_na": False, "na_values": NOT_A_VALUE} if kinds[split] in (".csv", ".tsv") else {}
+        more = CSV_AS_WRITTEN if kinds[split] in (".csv", ".tsv") else {}
         if kinds[split] == ".tsv":
-            more |= {"delimiter": "\t"} | ({} if quotes_close(paths) else {"quoting": csv.QUOTE_NONE})
+            more = more | {"delimiter": "\t"} | ({} if quotes_close(paths) else {"quoting": csv.QUOTE_NONE})
         try:
             rows[split] = load_dataset(
                 READERS[kinds[split]], data_files=[str(file) for file in paths], split="train", **more
@@ -127,7 +126,8 @@ def read_files(path: Path) -> dict:
     return rows
 
 
-NOT_A_VALUE = ["", "nan", "NaN", "<NA>"]  # as pandas writes what is missing
+# A class may be called None, a text may be "null"; what is missing is as pandas writes it
+CSV_AS_WRITTEN = {"keep_default_na": False, "na_values": ["", "nan", "NaN", "<NA>"]}
 
 
 def quotes_close(paths: list[Path]) -> bool:
@@ -292,8 +292,8 @@ def read_shards(
 ) -> tuple[dict[str, Split], list[str] | None, int]:
     """Splits of packed shards, the classes' names where the manifest has them, and how many examples were cut."""
     manifest = read_manifest(directory)
-    pairs = len(manifest["source"].get("columns") or (1, 2)) > 1
-    check_tokenizer(directory, manifest["tokenizer"], tokenizer, pairs)
+    columns = manifest["source"].get("columns")
+    check_tokenizer(directory, manifest["tokenizer"], tokenizer, pairs=columns is None or len(columns) > 1)
     cls, sep = manifest["tokenizer"]["cls"], manifest["tokenizer"]["sep"]
     found, cut = collections.defaultdict(lambda: ([], [])), 0  # of each split texts and labels
     for name in sorted(manifest["shards"]):

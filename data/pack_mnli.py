@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.examples import NOT_A_VALUE, tidy_labels
+from data.examples import CSV_AS_WRITTEN, tidy_labels
 from data.train_tokenizer import bring_tokenizer, reading
 from dataloading import LABEL_END, NO_LABEL, InputError, run_script, sha256_of, write_json, write_shard
 
@@ -47,7 +47,7 @@ def open_splits(args: argparse.Namespace):
         found = ", ".join(sorted(kinds))
         raise InputError(f"--files must be all .csv, all .json or .jsonl, or all .parquet, found {found}")
     with reading(f"--files {' '.join(args.files)}"):
-        more = {"keep_default_na": False, "na_values": NOT_A_VALUE} if kinds == {".csv"} else {}
+        more = CSV_AS_WRITTEN if kinds == {".csv"} else {}
         splits = load_dataset(readers[kinds.pop()], data_files=files, **more)
     return splits, {"files": {split: [Path(path).name for path in paths] for split, paths in files.items()}}
 

@@ -128,7 +128,8 @@ def check_seal(log: Log) -> Iterator[str]:
         yield f"{at(log, 'result')}: the run did not finish"
     result = log.named("result")
     # log_sha256: of logs from before the result was sealed as well
-    if (log.digest, log.sealed)["sha256" in result] != result.get("sha256", result.get("log_sha256")):
+    holds = result["sha256"] == log.sealed if "sha256" in result else result.get("log_sha256") == log.digest
+    if not holds:
         yield f"{at(log, 'result')}: its hash does not follow from the lines above and the result: one was changed"
     if log.after:
         yield f"{log.path}:{log.after}: a line behind the result, which is a log's last"

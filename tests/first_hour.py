@@ -228,9 +228,9 @@ def speed(machine: Machine) -> Iterator[Check]:
     for preset in ("micro", "small", "base", "large") if not machine.small else ("micro",):
         for processes in sorted({1, max(1, machine.gpus)}):
             name = f"speed_{preset}_{processes}"
-            batch = f"{65536 * processes * max(1, 16 // processes)} --train.row_tokens none"  # which any row divides
-            batch = "--train.grad_accum 1" if machine.small else f"--train.batch_tokens {batch}"
-            done = machine.train(name, preset, f"{steps} {batch}", processes)
+            tokens = 65536 * processes * max(1, 16 // processes)  # which any row divides
+            batch = "grad_accum 1" if machine.small else f"batch_tokens {tokens} --train.row_tokens none"
+            done = machine.train(name, preset, f"{steps} --train.{batch}", processes)
             figure = rate(machine.out / name, processes) if done.returncode == 0 else ""
             yield verdict(f"{preset} on {processes}", done, figure)
 

@@ -208,10 +208,13 @@ def test_a_detector_is_found_and_finetuned_and_its_generator_fills_masks(word_to
     pairs, films = tmp_path / "pairs.jsonl", tmp_path / "films.csv"
     pairs.write_text('{"sentence_good": "the cat sat", "sentence_bad": "cat the sat"}\n' * 4)
     films.write_text("text,label\n" + "the cat sat,1\na dog ran,0\n" * 20)
-    common = {"train.out": out, "train.device": "cpu", "train.compile": False}
-    for task, more in (("blimp", {"data.dataset": pairs, "train.base_model": generator}), ("custom", {})):
-        custom = {"data.dataset": films, "train.epochs": 1, "train.optimizer": "muon"} if task == "custom" else {}
-        finetuner.main(as_flags({"task": task, "train.run_name": task, **common, **more, **custom}))
+    asked = {
+        "blimp": {"data.dataset": pairs, "train.base_model": generator},
+        "custom": {"data.dataset": films, "train.epochs": 1, "train.optimizer": "muon"},
+    }
+    for task, settings in asked.items():
+        common = {"task": task, "train.run_name": task, "train.out": out, "train.device": "cpu", "train.compile": False}
+        finetuner.main(as_flags(common | settings))
         report = json.loads((out / task / "metrics.json").read_text())
         assert report["results"]["pretrained"]
     assert report["base_model"] == str(out / "found" / "model")
