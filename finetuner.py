@@ -303,8 +303,12 @@ def build_model(base: Base, kind: Kind, seed: int, random: bool = False, pooling
         config = AutoConfig.from_pretrained(base.name, trust_remote_code=base.trusted, **settings)
         cls = getattr(transformers, f"AutoModelFor{kind.head}")
         fresh = partial(cls.from_config, trust_remote_code=base.trusted, dtype=torch.float32)
-    whole = "train" not in kind.required_splits
-    return fresh(config) if random else load_pretrained(cls, base, config, whole)
+    if random:
+        return fresh(config)
+    model = load_pretrained(cls, base, config, whole="train" not in kind.required_splits)
+    if kind.problem_type and base.config.get("problem_type") == kind.problem_type:
+        kind.resume(model)
+    return model
 
 
 def load_pretrained(cls: type, base: Base, config: PretrainedConfig, whole: bool) -> nn.Module:
@@ -874,9 +878,10 @@ class TaskRuns:
 
     def train(self, start: str, cell: FinetuneConfig, settings: dict, label: str) -> None:
         data, process = self.data, self.process
-        self.load(build_model(self.base, data.kind, cell.seed, start == "random weights", cell.pooling))
         if data.trains:
             data.kind.prepare(data.splits["train"])
+        self.load(build_model(self.base, data.kind, cell.seed, start == "random weights", cell.pooling))
+        if data.trains:
             said, predictions = Training(self.net, data, cell, process, self.log, label).run()
         else:
             said, predictions = judge(self.net, data, process, self.log, label)
@@ -925,8 +930,8 @@ class TaskRuns:
         if not unlabelled:
             return {}
         chosen = open_base(str(self.folder / "model"), self.base.max_length, self.base.trusted)
-        self.load(build_model(chosen, data.kind, seed=0))
         data.kind.prepare(None)
+        self.load(build_model(chosen, data.kind, seed=0))
         dev = self.best_run("pretrained")["metrics"][data.dev]
         _, predictions = evaluate(self.net, data, unlabelled, self.process, dev)
         return predictions
@@ -992,7 +997,7 @@ class TaskRuns:
         data = ModelCardData(
             model_name=self.title,
             library_name="transformers",
-            license="mit",
+            license="mit" if base.kbert else None,
             tags=["finetuned"] * self.data.trains + ["kbert"] * base.kbert,
             base_model=None if Path(base.name).exists() else base.name,
             pipeline_tag=kind.pipeline_tag,
@@ -1267,7 +1272,10 @@ class Finetuner:
 
     def write_row(self, reports: dict[str, dict]) -> None:
         scores = glue_scores({task: report["results"]["pretrained"] for task, report in reports.items()})
-        said = f"medians over runs; averages over {len(reports)} of {len(GLUE)} tasks"
+        counted = {task for column, task, *_ in ROW if scores[column] is not None}
+        said = f"medians over runs; averages over {len(counted)} of {len(GLUE)} tasks"
+        if others := [task for task in reports if task not in counted]:
+            said += f" (not {', '.join(others)}: no split that the row takes has labels)"
         self.log.section("glue", f"{said}\n{glue_row(self.base.title, scores)}", echo=True)
         report = {"task": "glue", "base_model": self.base_name, "protocol": self.repeat["protocol"]}
         report |= {"scores": scores, "tasks": list(reports)}

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from transformers import PreTrainedTokenizerFast
 
 from dataloading import LABEL_END, NO_LABEL, InputError, first_line, read_manifest, read_shard
@@ -87,6 +88,9 @@ class Split:
 # Rows: files, and sets on the Hub
 
 READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}
+PART = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?$|_\d{6}$")  # of a split in several files
+# In a csv as pandas writes it; a class may be called None, a text may be "null"
+MISSING = ["", "nan", "NaN", "<NA>"]
 
 
 def read_files(path: Path) -> dict:
@@ -94,40 +98,53 @@ def read_files(path: Path) -> dict:
 
     Raises MissingData for a folder without data, InputError for a file that cannot be read.
     """
-    from datasets import disable_progress_bars, load_dataset, logging
-
-    disable_progress_bars()
-    logging.set_verbosity(logging.CRITICAL)  # what it logs of a file that it cannot read is said below
-    files, kinds = collections.defaultdict(list), {}  # of each split
+    files = collections.defaultdict(list)  # of each split
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if kind := next((suffix for suffix in file.suffixes if suffix in READERS), None):
-            split = re.sub(r"-\d{5}-of-\d{5}$|_\d{6}$", "", file.name.split(".")[0]) if path.is_dir() else "train"
+        if kind_of(file) and not file.name.startswith("."):
+            split = PART.sub("", file.name.split(".")[0]) if path.is_dir() else "train"
             files[split].append(file)
-            if (other := kinds.setdefault(split, kind)) != kind:
-                raise InputError(f"{path} has split {split} as {other} and as {kind}: take one away")
     if not files:
         raise MissingData(
             f"{path} holds no {', '.join(READERS)} file: name them by split, "
             "such as train.parquet and validation.parquet"
         )
-    rows = {}
-    for split, paths in files.items():
-        if not all(file.stat().st_size for file in paths):
-            raise InputError(f"{paths[0]} is empty: write rows to it or take it away")
-        more = CSV_AS_WRITTEN if kinds[split] in (".csv", ".tsv") else {}
-        if kinds[split] == ".tsv":
-            more = more | {"delimiter": "\t"} | ({} if quotes_close(paths) else {"quoting": csv.QUOTE_NONE})
-        try:
-            rows[split] = load_dataset(
-                READERS[kinds[split]], data_files=[str(file) for file in paths], split="train", **more
-            )
-        except Exception as error:  # pyarrow, pandas and datasets each raise their own
-            raise InputError(f"cannot read {path}, or it has no rows ({first_line(error)}): check the file") from error
-    return rows
+    return {split: read_rows(paths) for split, paths in files.items()}
 
 
-# A class may be called None, a text may be "null"; what is missing is as pandas writes it
-CSV_AS_WRITTEN = {"keep_default_na": False, "na_values": ["", "nan", "NaN", "<NA>"]}
+def kind_of(file: Path) -> str | None:
+    """The suffix that says how to read it, before that of a compression."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    last = [suffix for suffix in suffixes if suffix not in (".gz", ".bz2", ".xz", ".zip", ".zst")][-1:]
+    return last[0] if last and last[0] in READERS else None
+
+
+def read_rows(files: list[Path]):
+    """Rows of files of one kind. A column has one type over the whole of a file."""
+    from datasets import Dataset, disable_progress_bars, load_dataset, logging
+
+    disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)  # what it logs of a file that it cannot read is said below
+    names, kinds = ", ".join(map(str, files)), sorted({str(kind_of(file)) for file in files})
+    if len(kinds) > 1:
+        raise InputError(f"{names} are one split in files of two kinds: take {' or '.join(kinds)} away")
+    for file in files:
+        if not file.stat().st_size:
+            raise InputError(f"{file} is empty: write rows to it or take it away")
+    try:
+        if READERS[kinds[0]] != "csv":
+            whole = {"chunksize": 2**31 - 1} if READERS[kinds[0]] == "json" else {}
+            paths = [str(file) for file in files]
+            return load_dataset(READERS[kinds[0]], data_files=paths, split="train", **whole)
+        how = {"keep_default_na": False, "na_values": MISSING, "low_memory": False}
+        if kinds == [".tsv"]:
+            how |= {"delimiter": "\t"} | ({} if quotes_close(files) else {"quoting": csv.QUOTE_NONE})
+        tables = [pd.read_csv(file, **how) for file in files]
+        if any(list(table) != list(tables[0]) for table in tables):
+            raise ValueError("their columns differ: " + " and ".join(", ".join(map(str, table)) for table in tables))
+        return Dataset.from_pandas(pd.concat(tables), preserve_index=False)
+    except Exception as error:  # pyarrow, pandas and datasets each raise their own
+        said = " ".join(str(error.__cause__ or error).split())[:200]
+        raise InputError(f"cannot read {names}, or there are no rows ({said}): check it") from error
 
 
 def quotes_close(paths: list[Path]) -> bool:
@@ -185,7 +202,7 @@ def check_columns(split: str, rows, wanted: list[str]) -> None:
     if missing := [column for column in wanted if column not in rows.column_names]:
         raise InputError(
             f"{split} has no column {', '.join(missing)}: its columns are {', '.join(rows.column_names)}; "
-            "choose with --data.text, --data.text_pair and --data.label"
+            "rename one, or choose with --data.text, --data.text_pair and --data.label"
         )
     if not len(rows):
         raise InputError(f"split {split} has no rows: write some or take it away")
@@ -220,10 +237,10 @@ UNKNOWN = {"NA", "N/A", "n/a", "NULL", "null", "None"}  # a missing one among nu
 
 
 def tidy_labels(labels: dict[str, list]) -> dict[str, list]:
-    """Labels of each split as they are meant, None where one is missing."""
+    """Labels of each split as they are meant, None where one is missing; words that are all numbers are numbers."""
     labels = {split: [tidy_label(value) for value in values] for split, values in labels.items()}
     words = {value for values in labels.values() for value in values if isinstance(value, str)}
-    if not words & UNKNOWN or words <= UNKNOWN:
+    if words <= UNKNOWN:
         return labels
     try:
         number = {word: tidy_label(float(word)) for word in words - UNKNOWN} | dict.fromkeys(UNKNOWN)

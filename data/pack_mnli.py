@@ -13,6 +13,7 @@ their start.
 from __future__ import annotations
 
 import argparse
+import collections
 import glob
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.examples import CSV_AS_WRITTEN, tidy_labels
+from data.examples import READERS, kind_of, read_rows, tidy_labels
 from data.train_tokenizer import bring_tokenizer, reading
 from dataloading import LABEL_END, NO_LABEL, InputError, run_script, sha256_of, write_json, write_shard
 
@@ -37,31 +38,32 @@ def open_splits(args: argparse.Namespace):
             revision = HfApi().dataset_info(args.dataset, revision=args.revision).sha
             splits = load_dataset(args.dataset, name, revision=revision)
         return splits, {"dataset": args.dataset, "name": name, "revision": revision}
-    files = {split: sorted(glob.glob(pattern)) for split, _, pattern in (item.partition("=") for item in args.files)}
+    files = collections.defaultdict(list)
+    for split, _, pattern in (item.partition("=") for item in args.files):
+        files[split] += sorted(map(Path, glob.glob(pattern)))
     if empty := [split for split in files if not files[split]]:
         missing = ", ".join(empty)
         raise InputError(f"no file matches --files {missing}=...: write SPLIT=GLOB, such as train='reviews/*.csv'")
-    kinds = {Path(path).suffix for paths in files.values() for path in paths}
-    readers = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-    if len(kinds) > 1 or not kinds <= set(readers):
-        found = ", ".join(sorted(kinds))
-        raise InputError(f"--files must be all .csv, all .json or .jsonl, or all .parquet, found {found}")
-    with reading(f"--files {' '.join(args.files)}"):
-        more = CSV_AS_WRITTEN if kinds == {".csv"} else {}
-        splits = load_dataset(readers[kinds.pop()], data_files=files, **more)
-    return splits, {"files": {split: [Path(path).name for path in paths] for split, paths in files.items()}}
+    if unknown := [str(path) for paths in files.values() for path in paths if not kind_of(path)]:
+        raise InputError(f"--files {unknown[0]} is none of {', '.join(READERS)}: convert it, or name another")
+    splits = {split: read_rows(paths) for split, paths in files.items()}
+    return splits, {"files": {split: [path.name for path in paths] for split, paths in files.items()}}
 
 
 def number_labels(splits: dict, column: str) -> tuple[dict, list | None]:
-    """{split: labels as the shards store them}, and the names of the labels where they are words."""
+    """{split: labels as the shards store them}, and the names of the labels where they have some."""
     raw = tidy_labels({split: rows[column] for split, rows in splits.items()})
     known = {label for labels in raw.values() for label in labels if label is not None}
-    names = sorted(known) if all(isinstance(label, str) for label in known) else None
-    if not names and not all(isinstance(label, int) and -1 <= label < NO_LABEL for label in known):
+    named = {tuple(getattr(rows.features[column], "names", ())) for rows in splits.values()}
+    if len(named) > 1:
+        raise InputError(f"the splits number the classes of column {column!r} differently: write them as words")
+    words = sorted(known) if all(isinstance(label, str) for label in known) else None
+    names = list(*named) or words
+    if not words and not all(isinstance(label, int) and -1 <= label < NO_LABEL for label in known):
         raise InputError(
             f"column {column!r} holds neither words nor whole numbers from 0 to {NO_LABEL - 1}: choose another --label"
         )
-    number = {name: i for i, name in enumerate(names)} if names else {label: label for label in known}
+    number = {name: i for i, name in enumerate(words)} if words else {label: label for label in known}
     number |= {None: NO_LABEL, -1: NO_LABEL}
     return {split: [number[label] for label in labels] for split, labels in raw.items()}, names
 

@@ -47,9 +47,11 @@ class Windows(Split):
         return np.flatnonzero(np.isin(self.question, chosen))
 
     def only(self, keep: np.ndarray) -> Windows:
-        """The windows numbered `keep`, of all questions."""
-        question, offsets = self.question[keep], self.offsets[self.positions(keep)]
-        return dataclasses.replace(super().only(keep), question=question, offsets=offsets)
+        """The windows numbered `keep`, and their questions."""
+        asked, question = np.unique(self.question[keep], return_inverse=True)
+        of_asked = {name: [getattr(self, name)[i] for i in asked] for name in ("names", "contexts", "answers")}
+        offsets = self.offsets[self.positions(keep)]
+        return dataclasses.replace(super().only(keep), question=question, offsets=offsets, **of_asked)
 
 
 def encode_questions(

@@ -10,7 +10,6 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,9 +98,12 @@ class Kind:
     ) -> tuple[dict[str, Split], int]:
         """Splits of examples, and how many of these were cut."""
         column, splits, cut = self.settings.label, {}, 0
-        names = getattr(tables["train"].features.get(column), "names", None)  # of the classes, if the set has them
-        labels = read_labels(tables, column, own=self.task.dataset is None and names is None)
-        numbers = self.number_labels(labels, names)
+        named = {split: getattr(rows.features.get(column), "names", None) for split, rows in tables.items()}
+        labels = read_labels(tables, column, own=self.task.dataset is None and named["train"] is None)
+        for split, names in named.items():  # a split's numbers are those of its own names
+            if names and set(names) <= set(self.task.classes or names):
+                labels[split] = [names[label] if isinstance(label, int) else label for label in labels[split]]
+        numbers = self.number_labels(labels, named["train"])
         for split, rows in tables.items():
             splits[split], more = encode_texts(rows, columns, numbers[split], tokenizer, max_length)
             cut += more
@@ -124,7 +126,10 @@ class Kind:
         return {"id2label": names, "label2id": {v: k for k, v in names.items()}, "problem_type": self.problem_type}
 
     def prepare(self, train: Split | None) -> None:
-        """Before a fresh head learns from train, or, if None, before a finished model predicts."""
+        """Before a model learns from train, or, if None, before a finished one predicts."""
+
+    def resume(self, model: nn.Module) -> None:
+        """Makes a finished model one to train on: undoes what `finished` did."""
 
     def finished(self, model: nn.Module) -> dict[str, Tensor] | None:
         """Weights of a trained model, where its own are not what is to be saved."""
@@ -237,10 +242,19 @@ class Number(Kind):
     def prepare(self, train: Split | None) -> None:
         self.mean, self.deviation = (0.0, 1.0) if train is None else (train.labels.mean(), train.labels.std() or 1.0)
 
-    def finished(self, model: nn.Module) -> dict[str, Tensor]:
+    def head_of(self, model: nn.Module) -> tuple[str, nn.Linear]:
         named = model.named_modules()
-        *_, head = (name for name, part in named if isinstance(part, nn.Linear) and part.out_features == 1)
-        weights = model.state_dict()
+        *_, head = ((name, part) for name, part in named if isinstance(part, nn.Linear) and part.out_features == 1)
+        return head
+
+    @torch.no_grad()
+    def resume(self, model: nn.Module) -> None:
+        _, head = self.head_of(model)
+        head.weight /= self.deviation
+        head.bias.sub_(self.mean).div_(self.deviation)
+
+    def finished(self, model: nn.Module) -> dict[str, Tensor]:
+        (head, _), weights = self.head_of(model), model.state_dict()
         weights[f"{head}.weight"] = weights[f"{head}.weight"] * self.deviation
         weights[f"{head}.bias"] = weights[f"{head}.bias"] * self.deviation + self.mean
         return weights
@@ -371,6 +385,7 @@ class Task:
     diagnostic: str | None = None  # a configuration whose test split is predicted too
     files: dict = field(default_factory=dict)  # split -> name of its predictions on gluebenchmark.com
     by_number: bool = False  # whether the server wants classes by number, not by name
+    unused: tuple[str, ...] = ()  # splits to leave unread
 
 
 def glue(config: str, columns: str, classes: str = "", metrics: str = "accuracy", file: str = "", **more) -> Task:
@@ -390,7 +405,9 @@ TASKS = {  # in the order that --task glue runs them: MNLI first, for those that
     "mrpc": glue("mrpc", "sentence1 sentence2", "not_equivalent equivalent", "accuracy f1", "MRPC", by_number=True),
     "rte": glue("rte", "sentence1 sentence2", "entailment not_entailment", file="RTE"),
     "wnli": glue("wnli", "sentence1 sentence2", "not_entailment entailment", file="WNLI", by_number=True),
-    "imdb": Task("stanfordnlp/imdb", None, ("text",), metrics=("accuracy",), classes=("neg", "pos")),
+    "imdb": Task(
+        "stanfordnlp/imdb", None, ("text",), metrics=("accuracy",), classes=("neg", "pos"), unused=("unsupervised",)
+    ),
     "squad": Task("rajpurkar/squad", None, ("question", "context"), Span),
     "squad_v2": Task("rajpurkar/squad_v2", None, ("question", "context"), Span, unanswerable=True),
     "pairs": Task("data/sample/pairs", None, ("text", "text_pair"), metrics=("accuracy",), classes=PAIR_CLASSES),
@@ -448,20 +465,19 @@ def read_data(name: str, tokenizer: PreTrainedTokenizerFast, max_length: int, se
         splits, names, cut = read_shards(Path(source), tokenizer, max_length)
         check_splits(kind, splits)
         kind.name_packed(splits, names)
-        notes += hold_out_packed(splits, settings.validation)
     else:
-        tables = read_tables(kind, source)
+        tables = {split: rows for split, rows in read_tables(kind, source).items() if split not in task.unused}
         columns = choose_columns(kind, tables)
         if task.kind is None and has_fractions(tables, settings.label):
             kind = Number(task, settings)
-        if "train" in kind.required_splits:
-            notes += hold_out(tables, settings.validation, settings.label if isinstance(kind, Classes) else None)
         splits, cut = kind.encode(tables, columns, tokenizer, max_length)
     if cut:
         notes.append(f"{cut} examples are longer than {max_length} tokens and were cut, the longer text first")
     if "train" in splits:
-        splits["train"], more = choose_examples(splits["train"], settings.max_train_examples)
-        notes += more
+        notes += leave_out_unlabelled(splits)
+        notes += hold_out(splits, settings.validation, isinstance(kind, Classes))
+        if settings.max_train_examples is not None:
+            splits["train"] = splits["train"].only(splits["train"].shuffled(settings.max_train_examples))
     kind.check()
     return Data(name, kind, source, splits, choose_dev(splits, settings.validation), notes)
 
@@ -511,60 +527,41 @@ def has_fractions(tables: dict, column: str) -> bool:
 HELD_OUT = "validation_held_out"  # the split that is made where there is none to choose by
 
 
-def lacks_validation(splits: Iterable[str], validation: str | None) -> bool:
-    return not any(split.startswith("validation") or split == validation for split in splits)
-
-
-def count_to_hold_out(train: int) -> int:
-    """How many rows of train to hold out where there is no split to choose by."""
-    if train < 2:
-        raise InputError("train has one row, and none can be held out to choose by: write more, or a validation split")
-    return min(2000, math.ceil(train / 10))
-
-
-def hold_out(tables: dict, validation: str | None, classes: str | None) -> list[str]:
-    """Where there is no split to choose by, takes a tenth of train, up to 2000 rows; returns a note of it.
-
-    classes: the column of the classes, if labels are classes.
-    """
-    from datasets import concatenate_datasets
-
-    if not lacks_validation(tables, validation):
+def leave_out_unlabelled(splits: dict[str, Split]) -> list[str]:
+    """Keeps the labelled examples of train; returns a note of the others."""
+    train = splits["train"]
+    if not (missing := int((~train.known).sum())):
         return []
-    train = tables["train"]
-    if "idx" not in train.column_names:
-        train = train.add_column("idx", list(range(len(train))))  # predictions are listed by the row in the data
-    held = train.train_test_split(test_size=count_to_hold_out(len(train)), seed=0)
-    train, dev = held["train"], held["test"]
-    if classes in train.column_names:
-        of_train, of_dev = (list(map(str, rows[classes])) for rows in (train, dev))
-        rare = {of_dev.index(name) for name in set(of_dev) - set(of_train)}  # of a class that nothing would teach
-        train = concatenate_datasets([train, dev.select(sorted(rare))]) if rare else train
-        dev = dev.select([row for row in range(len(dev)) if row not in rare]) if rare else dev
-    if not len(dev):
-        raise InputError("train has a row of each class, and none can be held out to choose by: write more")
-    tables |= {"train": train, HELD_OUT: dev}
-    return [f"no validation split: {len(dev)} rows of train are held out for it"]
+    if not train.known.any():
+        raise InputError("no example of train has a label: check --data.label")
+    splits["train"] = train.only(np.flatnonzero(train.known))
+    return [f"{missing} examples of train have no label and are left out"]
 
 
-def hold_out_packed(splits: dict[str, Split], validation: str | None) -> list[str]:
-    """As hold_out, of packed shards."""
-    if not lacks_validation(splits, validation):
+def is_validation(split: str) -> bool:
+    return re.match("(validation|valid|val|dev)(?![a-z])", split) is not None
+
+
+def hold_out(splits: dict[str, Split], validation: str | None, classes: bool) -> list[str]:
+    """Where there is no split to choose by, takes a tenth of train, up to 2000 examples; returns a note of it.
+
+    classes: whether labels are classes.
+    """
+    if any(is_validation(split) or split == validation for split in splits):
         return []
     train = splits["train"]
-    count, order = count_to_hold_out(train.examples), np.random.default_rng(0).permutation(train.examples)
-    splits |= {"train": train.only(np.sort(order[count:])), HELD_OUT: train.only(np.sort(order[:count]))}
-    return [f"no validation split: {count} examples of train are held out for it"]
-
-
-def choose_examples(train: Split, most: int | None) -> tuple[Split, list[str]]:
-    """The labelled examples of train, the first `most` of them after shuffling, and notes."""
-    keep, notes = train.shuffled(most), []
-    if missing := int((~train.known).sum()):
-        notes.append(f"{missing} examples of train have no label and are left out")
-    if not len(keep):
-        raise InputError("no example of train has a label: check --data.label")
-    return train.only(keep), notes
+    if train.examples < 2:
+        raise InputError("train has one row, and none can be held out to choose by: write more, or a validation split")
+    held = np.sort(train.shuffled(min(2000, math.ceil(train.examples / 10))))
+    rest = np.setdiff1d(np.arange(len(train.ends)), held)
+    if classes:  # one of each class that nothing would teach goes back
+        found, first = np.unique(train.labels[held], return_index=True)
+        back = first[~np.isin(found, train.labels[rest])]
+        rest, held = np.sort(np.concatenate([rest, held[back]])), np.delete(held, back)
+    if not len(held):
+        raise InputError("train has a row of each class, and none can be held out to choose by: write more")
+    splits |= {"train": train.only(rest), HELD_OUT: train.only(held)}
+    return [f"no validation split: {splits[HELD_OUT].examples} examples of train are held out for it"]
 
 
 def choose_dev(splits: dict[str, Split], validation: str | None) -> str:
@@ -572,7 +569,7 @@ def choose_dev(splits: dict[str, Split], validation: str | None) -> str:
         raise InputError("--data.validation train: a model cannot be chosen by what it learned; leave it out")
     if validation == "validation" and HELD_OUT in splits:
         validation = HELD_OUT
-    named = [split for split in splits if split.startswith("validation")]
+    named = [split for split in splits if is_validation(split)]
     others = [split for split in splits if split != "train"]
     dev = validation or next(split for split in ("validation", *named, *others) if split in splits)
     if dev not in splits or not splits[dev].known.any():

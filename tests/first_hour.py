@@ -335,7 +335,7 @@ def expected_rate(preset: str, gpu: str, tokens: int = 65_536, longest: int = 10
 
 def expectations() -> str:
     """A table for the README."""
-    lines = ["| GPU | `small` | `base` | MFU of `base` | `large` | default run of `base` (10.5B tokens) on one; on eight |"]
+    lines = ["| GPU | `small` | `base` | MFU of `base` | `large` | default run of `base` on one; on eight |"]
     lines.append("|---|---|---|---|---|---|")
     for gpu in BANDWIDTH:
         rates = {preset: expected_rate(preset, gpu) for preset in ("small", "base", "large")}

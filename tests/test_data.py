@@ -584,3 +584,6 @@ def test_labelled_set(tmp_path, tokenizer, kind):
         expected += [loaded.cls_token_id, label, 65535, *a, loaded.sep_token_id]
         expected += [*b, loaded.sep_token_id]
     assert read_shard(tmp_path / "out" / "mnli_train_000000.bin").tolist() == expected
+    twice = [f"train={tmp_path / split}.{kind}" for split in ("train", "validation")]
+    succeed("pack_mnli.py", "--files", *twice, *columns, "--tokenizer", tokenizer, "--out", out / "twice", env=offline)
+    assert read_shard(out / "twice" / "mnli_train_000000.bin").tolist() == 2 * expected

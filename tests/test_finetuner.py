@@ -639,6 +639,8 @@ def test_a_number_is_learnt_whatever_its_size(base, tmp_path):
         logits = [model(**tokenizer(row["text"], return_tensors="pt")).logits.item() for row in rows[160:]]
         again = [model(**tokenizer(row["text"], return_tensors="pt")).logits.item() for row in rows[:4]]
     assert logits == pytest.approx(found["validation"], rel=1e-3) and again == pytest.approx(found["test"], rel=1e-3)
+    more = go(str(run / "model"), tmp_path / "more", data_dataset=folder, train_epochs=1, train_lr=0.0005)
+    assert max(line.train_loss for line in read_log(more / "log.txt").lines if line.train_loss is not None) < 2
 
 
 def test_what_is_held_out_keeps_its_place_and_leaves_every_class(base, tokenizer, tmp_path):
@@ -652,6 +654,88 @@ def test_what_is_held_out_keeps_its_place_and_leaves_every_class(base, tokenizer
     for split in (train, dev):
         for label, place in zip(split.labels, split.idx):
             assert data.kind.classes[label] == rows[place]["label"]
+
+
+def test_a_column_has_one_type_over_the_whole_file(tmp_path, tokenizer):
+    """However late the label comes that says which."""
+
+    def read(name: str, lines: list[str]):
+        (tmp_path / name).write_text("\n".join(lines))
+        return read_data("custom", tokenizer, 64, DataConfig(dataset=str(tmp_path / name), max_train_examples=100))
+
+    def rows(*labels) -> list[str]:
+        return ["text,label", *(f"good film,{label}" for label in labels)]
+
+    late = read("late.csv", rows(*[1, 2] * 5_000, "NA"))
+    assert late.kind.classes == ["1", "2"] and "1 examples of train have no label" in late.notes[0]
+    assert read("fraction.csv", rows(*[1, 2] * 5_000, 0.5)).kind.name == "number"
+    words = read("words.csv", rows(*["True", "False", "Unknown"] * 10, *["True", "False"] * 5_000))
+    assert words.kind.classes == ["False", "True", "Unknown"]
+    long = [json.dumps({"text": "good " * 2_000, "label": label}) for label in [*[1, 2] * 600, 0.5]]
+    assert read("long.jsonl", long).kind.name == "number"
+    quoted = [json.dumps({"text": "good", "label": label}) for label in ["4.5", "3.0"] * 10]
+    assert read("quoted.jsonl", quoted).kind.name == "number"
+
+
+def test_numbers_of_classes_are_those_of_their_own_names(tmp_path, tokenizer):
+    def write(folder: str, split: str, names: list[str], labels: list[int]) -> None:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        columns = {"sentence1": ["good"] * len(labels), "sentence2": ["bad"] * len(labels), "label": labels}
+        features = Features({name: Value("string") for name in ("sentence1", "sentence2")})
+        features["label"] = ClassLabel(names=names)
+        Dataset.from_dict(columns, features).to_parquet(tmp_path / folder / f"{split}.parquet")
+
+    def labels_of(folder: str, task: str, split: str, **more) -> list[int]:
+        data = read_data(task, tokenizer, 64, DataConfig(dataset=str(tmp_path / folder), **more))
+        return data.splits[split].labels.tolist()
+
+    for split in ("train", "validation"):  # MRPC's first class is not_equivalent
+        write("alphabet", split, ["equivalent", "not_equivalent"], [0, 1, 0])
+    assert labels_of("alphabet", "mrpc", "validation") == [1, 0, 1]
+    write("fewer", "train", ["a", "b", "c"], [0, 1, 2])
+    write("fewer", "validation", ["a", "c"], [0, 1])
+    assert labels_of("fewer", "custom", "validation", text="sentence1") == [0, 2]
+
+
+def test_what_is_beside_a_split_is_not_read(tmp_path):
+    rows = "text,label\ngood,1\n"
+    for name in ("train.csv.bak", "._train.csv", ".train.csv", "notes.txt"):
+        (tmp_path / name).write_text(rows)
+    (tmp_path / "train.CSV").write_text(rows)
+    (tmp_path / "dev-00000-of-00001-a09b74b3ef9c3b56.csv").write_text(rows)
+    assert {split: len(found) for split, found in read_files(tmp_path).items()} == {"train": 1, "dev": 1}
+    (tmp_path / "train_000001.csv").write_text("text,stars\ngood,1\n")
+    with pytest.raises(InputError, match="train_000001.csv.*their columns differ: text, label and text, stars"):
+        read_files(tmp_path)
+
+
+def test_a_split_called_dev_is_what_models_are_chosen_by(tmp_path, tokenizer):
+    folder = write_jsonl(tmp_path, train=make_rows(20, 1), dev=make_rows(8, 2), devices=make_rows(8, 3))
+    data = read_data("custom", tokenizer, 64, DataConfig(dataset=folder))
+    assert data.dev == "dev" and HELD_OUT not in data.splits and not data.notes
+
+
+def test_what_is_held_out_has_labels(tmp_path, tokenizer):
+    """Of few labelled rows, and of a class called -1."""
+    rows = make_rows(100, 1)
+    few = [{**row, "label": row["label"] if i < 10 else None} for i, row in enumerate(rows)]
+    data = read_data("custom", tokenizer, 64, DataConfig(dataset=write_jsonl(tmp_path / "few", train=few)))
+    assert data.splits[HELD_OUT].known.all() and data.splits[HELD_OUT].examples == 1
+    signs = [{**row, "label": -1 if i else 1} for i, row in enumerate(rows)]
+    data = read_data("custom", tokenizer, 64, DataConfig(dataset=write_jsonl(tmp_path / "signs", train=signs)))
+    assert data.kind.classes == ["-1", "1"] and data.splits[HELD_OUT].known.sum() == 10
+
+
+def test_questions_are_held_out_whole(tmp_path, tokenizer):
+    rows = []
+    for i in range(20):
+        context = " ".join(["bad film", *["the film was"] * 20, "good"])
+        answers = {"text": ["good"], "answer_start": [context.index("good")]}
+        rows.append({"id": f"q{i}", "question": "the film", "context": context, "answers": answers})
+    data = read_data("squad", tokenizer, 32, DataConfig(dataset=write_jsonl(tmp_path, train=rows)))
+    train, dev = data.splits["train"], data.splits[HELD_OUT]
+    assert len(dev.names) == dev.examples == 2 and len(dev.ends) > 2 and dev.question.tolist() == sorted(dev.question)
+    assert sorted(train.names + dev.names) == sorted(row["id"] for row in rows) and max(dev.question) == 1
 
 
 def test_a_quote_in_a_tsv_opens_no_cell(tokenizer, tmp_path):
@@ -671,7 +755,7 @@ def test_a_quote_in_a_tsv_opens_no_cell(tokenizer, tmp_path):
     (tmp_path / "validation.jsonl").write_text('{"text": "good", "label": 1}\n')
     assert read_data("custom", tokenizer, 64, DataConfig(dataset=str(tmp_path))).splits["validation"].examples == 1
     (tmp_path / "validation.tsv").write_text("text\tlabel\ngood\t1\n")
-    with pytest.raises(InputError, match="has split validation as .jsonl and as .tsv: take one away"):
+    with pytest.raises(InputError, match="files of two kinds: take .jsonl or .tsv away"):
         read_data("custom", tokenizer, 64, DataConfig(dataset=str(tmp_path)))
 
 
