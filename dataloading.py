@@ -39,7 +39,7 @@ class InputError(ValueError):
 
 
 def usable_cores() -> int:
-    """Those this process may run on: fewer than the machine's in a container, a batch job or under taskset."""
+    """Those this process may run on: fewer than the machine's in a cpuset, a batch job or under taskset."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

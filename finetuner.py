@@ -43,19 +43,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import ModelOutput
 
+import model as kbert_models
 from data.blimp import Pairs
 from data.examples import MissingData, Split
 from data.tasks import GLUE, HELD_OUT, TASKS, Data, Kind, read_data
 from dataloading import InputError, first_line, read_json, sha256_of, to_device, write_json
-from model import (
-    KBERTConfig,
-    KBERTForMaskedLM,
-    KBERTForQuestionAnswering,
-    KBERTForReplacedTokenDetection,
-    KBERTForSequenceClassification,
-    compiled_backend,
-    option,
-)
+from model import KBERTConfig, compiled_backend, option
 from objectives import compile_rows
 from optimizer import Optimizer
 from records.log import Clock, RunLog, environment, log_line, read_code
@@ -171,7 +164,14 @@ PROTOCOLS = {
     "default": Protocol(),
     # Geiping and Goldstein 2022, "Cramming": one setting for all tasks
     "sane": Protocol(
-        {"train.batch_size": 16, "train.epochs": 5.0, "train.seeds": 5, "train.lr_schedule": "cosine"}, adamw_lr=4e-5
+        {
+            "train.batch_size": 16,
+            "train.epochs": 5.0,
+            "train.seeds": 5,
+            "train.lr_schedule": "cosine",
+            "train.log_every": 200,  # MNLI's logs of three runs then take half of a record's 2 MB
+        },
+        adamw_lr=4e-5,
     ),
     # Warner et al. 2024, "Smarter, better, faster, longer", table of GLUE hyperparameters
     "modernbert": Protocol(
@@ -215,13 +215,6 @@ def grid_of(protocol: Protocol, task: str, given: set[str], train: FinetuneConfi
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where it starts from
-
-HEADS = {  # KBERT's, for each kind of task; other encoders take transformers' AutoModelFor...
-    "SequenceClassification": KBERTForSequenceClassification,
-    "QuestionAnswering": KBERTForQuestionAnswering,
-    "MaskedLM": KBERTForMaskedLM,
-    "ReplacedTokenDetection": KBERTForReplacedTokenDetection,
-}
 
 
 @dataclass
@@ -297,7 +290,7 @@ def build_model(base: Base, kind: Kind, seed: int, random: bool = False, pooling
         # The new head has labels of its own; auto_map may name the Hub repository that the base was loaded from
         dropped = ("auto_map", "architectures", "id2label", "label2id")
         kept = {name: value for name, value in base.config.items() if name not in dropped}
-        config, cls = KBERTConfig.from_dict(kept | settings), HEADS[kind.head]
+        config, cls = KBERTConfig.from_dict(kept | settings), getattr(kbert_models, f"KBERTFor{kind.head}")
         fresh = cls
     else:
         config = AutoConfig.from_pretrained(base.name, trust_remote_code=base.trusted, **settings)
@@ -625,7 +618,6 @@ def muon_step(model: nn.Module, train: FinetuneConfig, process: Process, compile
     encoders of both objectives and 2,500 to 45,000 examples, and checked at 6 x 384, 4 x 512 and 12 x 256; no `base`
     has been tried (records/notebook.md, "Rates, optimizers and the number of examples").
     """
-    adam = {"betas": (0.9, 0.98), "lr": train.lr / 20}
     optimizer = Optimizer(
         model,
         rank=process.rank,
@@ -634,10 +626,13 @@ def muon_step(model: nn.Module, train: FinetuneConfig, process: Process, compile
         muon_weight_decay=train.weight_decay / train.lr,  # which decays by lr^2 times it
         muon_beta2=0.95,
         muon_polar_steps=5,
+        embed_lr=train.lr / 20,
+        embed_betas=(0.9, 0.98),
+        scalar_lr=train.lr / 20,
+        scalar_betas=(0.9, 0.98),
         adam_eps=1e-6,
         weight_multiplier=getattr(model.config, "weight_multiplier", 1.0),
         compiled=compiled,
-        **{f"{group}_{name}": value for group in ("embed", "scalar") for name, value in adam.items()},
     )
     if compiled:
         optimizer.step(0.0, momentum=0.95)  # compiles, and moves nothing
@@ -1173,14 +1168,11 @@ class Finetuner:
         torch.set_float32_matmul_precision("high")
         self.base_name = self.train.base_model or process.on_main(lambda: str(newest_run(self.out, preset)))
         self.base = self.open_base(self.base_name)
-        self.repeat = self.settings_to_repeat(settings)
-        self.hub = HubPusher(self.train.hf_model_name, self.train.hub_minutes) if self.train.hf_model_name else None
-
-    def settings_to_repeat(self, settings: dict) -> dict:
-        """For config.yaml: without the run's place, and without the grid's settings, which it would fix."""
-        left_out = ("out", "run_name", "resume", *free_names(self.protocol, self.given))
+        # For config.yaml: without the run's place, and without the grid's settings, which it would fix
+        left_out = ("out", "run_name", "resume", *free_names(self.protocol, given))
         train = {name: value for name, value in settings["train"].items() if name not in left_out}
-        return {**settings, "train": {**train, "base_model": self.base_name}}
+        self.repeat = {**settings, "train": {**train, "base_model": self.base_name}}
+        self.hub = HubPusher(self.train.hf_model_name, self.train.hub_minutes) if self.train.hf_model_name else None
 
     def run(self) -> None:
         if self.task == "glue":

@@ -76,7 +76,6 @@ class KBERTConfig(PretrainedConfig):
     value_residual: bool = option(True, "mix the first layer's values into every layer's")
     embedding_skip: bool = option(True, "mix the embedding into every layer's input")
     neighbour_heads: bool = option(True, "local layers start out attending to adjacent tokens, by biases of q and k")
-    unet_skips: bool = option(False, "add the input of layer i to that of layer L - i")
     norm_eps: float = option(1e-6, "added to the mean square in RMSNorm")
     weight_multiplier: float = option(8.0, "what matrices and the embedding are stored divided by")
     classifier_dropout: float = option(0.1, "probability, before the classifier of a finetuned model")
@@ -244,15 +243,11 @@ class Block(GradientCheckpointingLayer):
         self.mlp = GeGLU(config)
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps, elementwise_affine=False)
         self.input_lambdas = nn.Parameter(torch.empty(2)) if config.embedding_skip and layer > 0 else None
-        skipped_to = config.unet_skips and 2 * layer > config.num_hidden_layers
-        self.skip_lambda = nn.Parameter(torch.empty(())) if skipped_to else None
 
-    def forward(self, x: Tensor, x0: Tensor, skip, first_value, rotary, mask, wanted: Tensor | None):
-        """x, x0, skip [B, S, d] -> [B, S, d], or [1, N, d] at the positions wanted [N] of a row; and its values."""
+    def forward(self, x: Tensor, x0: Tensor, first_value, rotary, mask, wanted: Tensor | None):
+        """x, x0 [B, S, d] -> [B, S, d], or [1, N, d] at the positions wanted [N] of a row; and its values."""
         if self.input_lambdas is not None:
             x = self.input_lambdas[0] * x + self.input_lambdas[1] * x0
-        if self.skip_lambda is not None:
-            x = x + self.skip_lambda * skip
         attended, _, value = self.attention(self.norm(x), first_value, rotary, mask, wanted)
         x = (x if wanted is None else x[:, wanted]) + attended
         return x + self.mlp(self.norm(x)), value
@@ -309,11 +304,8 @@ class KBERTPreTrainedModel(PreTrainedModel):
                 init.constant_(module.value_lambda, 0.5)
             if module.qk_bias is not None:
                 init.copy_(module.qk_bias, neighbour_bias(*module.qk_bias.shape[1:], self.config.frequency_base))
-        elif isinstance(module, Block):
-            if module.input_lambdas is not None:
-                init.copy_(module.input_lambdas, torch.tensor([1.0, 0.0]))
-            if module.skip_lambda is not None:
-                init.zeros_(module.skip_lambda)
+        elif isinstance(module, Block) and module.input_lambdas is not None:
+            init.copy_(module.input_lambdas, torch.tensor([1.0, 0.0]))
 
 
 class KBERTModel(KBERTPreTrainedModel):
@@ -349,13 +341,11 @@ class KBERTModel(KBERTPreTrainedModel):
         """Embeddings [B, S, d], positions [S] or [B, S], a mask for each kind of layer -> hidden states [B, S, d]."""
         x = x0 = self.norm(x.to(self.compute_dtype or x.dtype) * self.config.weight_multiplier)
         rotary = rotary_tables(positions, self.config.head_dim, self.config.frequency_base, x.dtype)
-        first_value, inputs = None, []
+        first_value = None
         for layer, block in enumerate(self.blocks):
-            inputs.append(x)
-            skip = inputs[len(self.blocks) - layer] if block.skip_lambda is not None else None
             mask = global_mask if self.config.is_global(layer) else local_mask
             last = layer == len(self.blocks) - 1
-            x, value = block(x, x0, skip, first_value, rotary, mask, wanted if last else None)
+            x, value = block(x, x0, first_value, rotary, mask, wanted if last else None)
             first_value = value if layer == 0 else first_value
         return self.norm(x)
 

@@ -160,7 +160,9 @@ class TrainConfig:
     compile: bool = option(True, "torch.compile; where that cannot work, a run says so and is eager")
     deterministic: bool = option(False, "on a GPU, kernels that give the same bits each time, or an error")
     timeout_minutes: PositiveFloat = option(10.0, "minutes that ranks wait for each other before they give up")
-    hf_model_name: str | None = option(None, "USER/NAME on the Hub: checkpoints as branches, the model as main")
+    hf_model_name: str | None = option(
+        None, "USER/NAME on the Hub: checkpoints, or models at save_words, as branches, the model as main"
+    )
     hub_minutes: PositiveFloat = option(2.0, "minutes that the Hub may be silent before an upload is given up")
     wandb_project: str | None = option(None, "Weights & Biases project to report to (needs `pip install wandb`)")
 
@@ -172,6 +174,8 @@ class TrainConfig:
                 f"--train.seed {self.seed} is not one of the {self.declared_runs} declared runs: "
                 f"their seeds are 1 to {self.declared_runs}"
             )
+        if (self.batch_start < 1) != (self.batch_ramp > 0):
+            raise InputError("--train.batch_start and --train.batch_ramp need each other: from where, and for how long")
         if self.row_tokens is not None and self.row_tokens % 128:
             nearest = max(128, self.row_tokens // 128 * 128)
             raise InputError(f"--train.row_tokens {self.row_tokens} is not a multiple of 128: try {nearest}")
@@ -370,7 +374,7 @@ class Process:
                 result = work()
             except InputError as found:
                 error = found
-            except OSError as found:
+            except (OSError, SafetensorError) as found:  # a full disk is either
                 error = InputError(str(found))
             except Exception as found:  # a defect of ours: the others must not wait for rank 0
                 defect, error = found, InputError(f"rank 0 failed: {type(found).__name__}: {first_line(found)}")
@@ -417,8 +421,9 @@ def join_processes(device: str = "auto", timeout_minutes: float = 10) -> Iterato
         torch.cuda.set_device(place)
     else:
         place = torch.device("cpu")
-        # torchrun sets OMP_NUM_THREADS=1 for several processes.
-        torch.set_num_threads(max(1, usable_cores() // local_world_size))
+        # torchrun sets OMP_NUM_THREADS=1 for several processes; for one it is the user's
+        if local_world_size > 1 or "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, usable_cores() // local_world_size))
         keep_freed_memory()
     try:
         if world_size > 1:
@@ -557,7 +562,8 @@ def checkpoint_step(folder: Path) -> int:
 
 def checkpoints_of(run: Path) -> list[Path]:
     """step-NNNNNN folders of a run, the earliest first."""
-    return sorted(run.glob("checkpoints/step-*[0-9]"), key=checkpoint_step)
+    found = (path for path in run.glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", path.name))
+    return sorted(found, key=checkpoint_step)
 
 
 def write_hashes(folder: Path) -> None:
@@ -598,15 +604,17 @@ def find_checkpoint(resume: str, out: Path, run_name: str | None, start_afresh: 
             )
         return Path(resume)
     runs = [out / run_name] if run_name else [run for run in out.glob("*") if not is_finished(run)]
-    newest = max((run for run in runs if checkpoints_of(run)), key=lambda run: run.stat().st_mtime, default=None)
-    for checkpoint in reversed(checkpoints_of(newest) if newest else []):
+    saved = [checkpoints_of(run) for run in runs if checkpoints_of(run)]
+    newest = max(saved, key=lambda checkpoints: checkpoints[-1].stat().st_mtime, default=[])
+    for checkpoint in reversed(newest):
         wrong = damage_of(checkpoint)
         if not wrong:
             return checkpoint
         print(f"{checkpoint} is damaged: {wrong}")
     if newest and not start_afresh:
         raise InputError(
-            f"no checkpoint of {newest} is whole: --train.start_afresh true sets them aside and starts the run again"
+            f"no checkpoint of {newest[0].parent.parent} is whole: "
+            "--train.start_afresh true sets them aside and starts the run again"
         )
     return None
 
@@ -696,61 +704,6 @@ class HubPusher:
         command = shlex.join(["hf", "upload", self.name, str(folder), ".", "--revision", revision])
         return f"not pushed, kept on disk; push it later with:  {command}"
 
-
-MODEL_CARD = """---
-{{ card_data }}
----
-# {{ name }}
-
-A KBERT encoder: {{ config.num_hidden_layers }} layers x {{ config.hidden_size }},
-{{ "%.1f" % (parameters / 1e6) }}M parameters, pretrained by
-{{ "masked language modelling" if masked else "replaced-token detection" }}.
-
-| {{ numbers | join(" | ") }} |
-|{{ "---|" * (numbers | length) }}
-| {{ numbers.values() | join(" | ") }} |
-
-```python
-{% if masked -%}
-from transformers import pipeline
-pipeline("fill-mask", "{{ name }}"{{ ref }}, trust_remote_code=True)("The capital of France is {{ mask }}.")
-{%- else -%}
-from transformers import AutoModel
-encoder = AutoModel.from_pretrained("{{ name }}", trust_remote_code=True)
-{%- endif %}
-```
-
-{% if masked -%}
-AdamW's usual 5e-5 finetunes it; Muon for the layers' matrices, beside AdamW for all else, does a little better.
-{%- else -%}
-Finetune it with Muon for the layers' matrices, beside AdamW for all else: AdamW alone, at its usual 5e-5, loses points.
-{%- endif %} With its `tokenizer`, and your `train` set tokenized:
-
-```python
-import torch
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
-
-model = AutoModelForSequenceClassification.from_pretrained("{{ name }}"{{ ref }}, num_labels=3, trust_remote_code=True)
-matrices = [p for p in model.encoder.blocks.parameters() if p.ndim == 2]
-others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-muon = torch.optim.Muon(matrices, lr=0.01 / model.config.weight_multiplier, weight_decay=0.01)
-adamw = torch.optim.AdamW(others, lr=5e-5)
-ratio = muon.param_groups[0]["lr"] / adamw.param_groups[0]["lr"]
-
-
-def step_muon(*_):  # with AdamW, whose rate the Trainer's schedule changes
-    muon.param_groups[0]["lr"] = ratio * adamw.param_groups[0]["lr"]
-    muon.step()
-
-
-adamw.register_step_pre_hook(step_muon)
-args = TrainingArguments("logs/trainer", num_train_epochs=3, per_device_train_batch_size=32, warmup_steps=0.06)
-trainer = Trainer(model, args, train_dataset=train, processing_class=tokenizer, optimizers=(adamw, None))
-trainer.train()
-```
-
-Trained on: {{ manifest["source"] | tojson }}
-"""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model and optimizer, compiled
@@ -904,6 +857,8 @@ class Run:
         checkpoint = find_checkpoint(train.resume, out, train.run_name, train.start_afresh) if train.resume else None
         if checkpoint:
             of = checkpoint.parent.parent
+            if not (of / "config.yaml").exists():
+                raise InputError(f"{checkpoint} is in no run's folder: copy it to logs/RUN/checkpoints of its run")
             if train.run_name and folder.resolve() != of.resolve():
                 raise InputError(
                     f"{checkpoint} is of the run {of.name}, not of {train.run_name}: leave out --train.run_name, "
@@ -1017,8 +972,8 @@ class Run:
         step = self.rows_per_rank * self.row_tokens * self.process.world_size
         if most <= step:
             raise InputError(
-                f"--train.epochs and --train.max_words leave {most:,.0f} tokens of text, less than a step may have: "
-                f"lower --train.batch_tokens from {step:,}"
+                f"--train.epochs and --train.max_words leave {most:,.0f} tokens of text, less than the {step:,} that a "
+                "step may have: lower --train.batch_tokens, --train.row_tokens or --train.grad_accum"
             )
         return most - step
 
@@ -1059,7 +1014,8 @@ class Run:
         """Settings that are not those that the checkpoint was written with."""
         before, now = self.saved["config"], json.loads(json.dumps(self.resolved()))
         of_this_start = ("resume", "start_afresh", "out", "run_name")
-        return [
+        ranks, saved_by = self.process.world_size, self.saved.get("world_size", self.process.world_size)
+        return [f"ranks: {ranks}, before: {saved_by}"] * (ranks != saved_by) + [
             f"{group}.{name}: {value}, before: {before[group].get(name)}"
             for group in ("data", "train")
             for name, value in now[group].items()
@@ -1097,19 +1053,14 @@ class Run:
 
     # --- training
 
-    def train_loop(self) -> bool:
-        """Trains to the end, or until a signal, upon which it saves first. Returns whether the run is finished."""
+    def train_loop(self, signals: list[int]) -> bool:
+        """Trains to the end, or until a signal, upon which it saves first. Returns whether it came to the end.
+
+        signals: those that ask the run to stop, as they come.
+        """
+        train = self.train
         gc.collect()
         gc.freeze()  # what exists by now stays: the collector need not scan it every time
-        with stop_signals() as signals:
-            finished = self.train_until(signals)
-        gc.unfreeze()
-        self.rows.close()
-        return finished
-
-    def train_until(self, signals: list[int]) -> bool:
-        """signals: those that ask the run to stop, as they come."""
-        train = self.train
         self.rows, self.data_wait, self.unread, self.agree_every = iter(self.loader), 0.0, [], 1
         while True:
             seconds, stopped = self.agree(signals)
@@ -1130,8 +1081,7 @@ class Run:
             if finished and self.work.text >= self.text_limit:  # which lies a step below what was asked for
                 self.save_at_words(self.words, self.words / 0.95)
             if finished or stopped:
-                self.stopped_by = stopped
-                return bool(finished)
+                break
             self.clock.start()
             words = self.words
             self.train_step(progress)
@@ -1139,6 +1089,10 @@ class Run:
                 self.clock.stop()
                 self.write_losses()
             self.save_at_words(words, self.words)
+        gc.unfreeze()
+        self.rows.close()
+        self.stopped_by = stopped
+        return finished
 
     def agree(self, signals: list[int]) -> tuple[float, float]:
         """Seconds of training and the stop signal; ranks agree on them at every step if the clock ends the run."""
@@ -1245,10 +1199,11 @@ class Run:
 
     def save_at_words(self, above: float, upto: float) -> None:
         """Keeps the model for each of save_words in this range: words/chck_1M, and a branch of that name."""
-        for count in (count for count in self.train.save_words if above < count <= upto):
-            self.clock.stop()
-            self.check_weights()
-            self.process.on_main(partial(self.keep_model, self.folder / "words" / f"chck_{count / 1e6:g}M"))
+        for count in self.train.save_words:
+            if above < count <= upto:
+                self.clock.stop()
+                self.check_weights()
+                self.process.on_main(partial(self.keep_model, self.folder / "words" / f"chck_{count / 1e6:g}M"))
 
     def keep_model(self, folder: Path) -> None:
         save_folder(folder, self.write_parts)
@@ -1282,6 +1237,7 @@ class Run:
         If writing fails, the run goes on if there is another checkpoint.
         """
         state = {
+            "world_size": self.process.world_size,
             "step": self.step,
             "seconds": self.clock.seconds,
             "work": dataclasses.asdict(self.work),
@@ -1418,6 +1374,61 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+MODEL_CARD = """---
+{{ card_data }}
+---
+# {{ name }}
+
+A KBERT encoder: {{ config.num_hidden_layers }} layers x {{ config.hidden_size }},
+{{ "%.1f" % (parameters / 1e6) }}M parameters, pretrained by
+{{ "masked language modelling" if masked else "replaced-token detection" }}.
+
+| {{ numbers | join(" | ") }} |
+|{{ "---|" * (numbers | length) }}
+| {{ numbers.values() | join(" | ") }} |
+
+```python
+{% if masked -%}
+from transformers import pipeline
+pipeline("fill-mask", "{{ name }}"{{ ref }}, trust_remote_code=True)("The capital of France is {{ mask }}.")
+{%- else -%}
+from transformers import AutoModel
+encoder = AutoModel.from_pretrained("{{ name }}", trust_remote_code=True)
+{%- endif %}
+```
+
+{% if masked -%}
+AdamW's usual 5e-5 finetunes it; Muon for the layers' matrices, beside AdamW for all else, does a little better.
+{%- else -%}
+Finetune it with Muon for the layers' matrices, beside AdamW for all else: AdamW alone, at its usual 5e-5, loses points.
+{%- endif %} With its `tokenizer`, and your `train` set tokenized:
+
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+model = AutoModelForSequenceClassification.from_pretrained("{{ name }}"{{ ref }}, num_labels=3, trust_remote_code=True)
+matrices = [p for p in model.encoder.blocks.parameters() if p.ndim == 2]
+others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+muon = torch.optim.Muon(matrices, lr=0.01 / model.config.weight_multiplier, weight_decay=0.01)
+adamw = torch.optim.AdamW(others, lr=5e-5)
+ratio = muon.param_groups[0]["lr"] / adamw.param_groups[0]["lr"]
+
+
+def step_muon(*_):  # with AdamW, whose rate the Trainer's schedule changes
+    muon.param_groups[0]["lr"] = ratio * adamw.param_groups[0]["lr"]
+    muon.step()
+
+
+adamw.register_step_pre_hook(step_muon)
+args = TrainingArguments("logs/trainer", num_train_epochs=3, per_device_train_batch_size=32, warmup_steps=0.06)
+trainer = Trainer(model, args, train_dataset=train, processing_class=tokenizer, optimizers=(adamw, None))
+trainer.train()
+```
+
+Trained on: {{ manifest["source"] | tojson }}
+"""
+
 PROMPTS = (
     "The capital of France is {mask}.",
     "Returns the {mask} of the list.",
@@ -1478,9 +1489,10 @@ def train_to_the_end(run_class: type[Run], settings: dict, argv: list[str], code
             if process.is_main:
                 print(said)
             return
-        finished = run.train_loop()
-        if finished:
-            run.finish()
+        with stop_signals() as signals:
+            finished = run.train_loop(signals)
+            if finished:  # a signal that comes now must not cost the run its end
+                run.finish()
     run.report(finished)
     if run.stopped_by == signal.SIGINT:
         sys.exit(130)

@@ -89,13 +89,16 @@ def download_shards(repo: str, revision: str, remotes: dict, out: Path, threads:
         raise InputError(f"{len(failed)} of {len(remotes)} files failed, run the same command again: {faults}")
 
 
-def write_download_manifest(out: Path, source: dict, splits: dict[str, str], tokenizer: dict, mark: int) -> None:
-    """`mark` is the token that occurs exactly once in each document."""
-    shards = {}
-    for name, split in tqdm(splits.items(), unit="file", desc="manifest"):
+def download(repo: str, revision: str, files: dict, out: Path, threads: int, mark: int | None = None) -> None:
+    """files: as list_shards gives them. mark: the token that occurs exactly once in each document; None: [CLS]."""
+    download_shards(repo, revision, {name: remote for name, (_, remote) in files.items()}, out, threads)
+    _, tokenizer = bring_tokenizer(TOKENIZER, out)
+    mark, shards = tokenizer["cls"] if mark is None else mark, {}
+    for name, (split, _) in tqdm(files.items(), unit="file", desc="manifest"):
         tokens = read_shard(out / name)
         documents = sum(int(np.count_nonzero(tokens[i : i + 2**24] == mark)) for i in range(0, len(tokens), 2**24))
         shards[name] = {"split": split, "tokens": len(tokens), "documents": documents, "sha256": sha256_of(out / name)}
+    source = {"dataset": repo, "revision": revision}
     manifest = {"format": 1, "tokenizer": tokenizer, "source": source, "split_rule": "as published", "shards": shards}
     write_json(out / "manifest.json", manifest)
 
@@ -115,11 +118,7 @@ def main() -> None:
     wanted = train[: args.num_chunks] + ["fwedu_valid_000000.bin", "fwedu_test_000000.bin"]
     if missing := [name for name in wanted if name not in found]:
         raise InputError(f"{REPO} has no {', '.join(missing)}")
-    download_shards(REPO, revision, {name: found[name][1] for name in wanted}, args.out, args.threads)
-    _, tokenizer = bring_tokenizer(TOKENIZER, args.out)
-    splits = {name: found[name][0] for name in wanted}
-    source = {"dataset": REPO, "revision": revision}
-    write_download_manifest(args.out, source, splits, tokenizer, tokenizer["cls"])
+    download(REPO, revision, {name: found[name] for name in wanted}, args.out, args.threads)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.download_fineweb_edu import TOKENIZER, download_shards, list_shards, write_download_manifest
-from data.train_tokenizer import bring_tokenizer
+from data.download_fineweb_edu import download, list_shards
 from dataloading import LABEL_END, InputError, run_script
 
 REPO = "lapp0/packed_glue_mnli"
@@ -26,13 +25,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=4, help="files fetched at the same time")
     args = parser.parse_args()
     revision, found = list_shards(REPO, r"mnli_(train|validation_matched|validation_mismatched)_(\d{6})\.bin")
-    splits = {name: split for name, (split, _) in found.items()}
-    if missing := {"train", "validation_matched"} - set(splits.values()):
+    if missing := {"train", "validation_matched"} - {split for split, _ in found.values()}:
         raise InputError(f"{REPO} has no shard of {', '.join(sorted(missing))}")
-    download_shards(REPO, revision, {name: remote for name, (_, remote) in found.items()}, args.out, args.threads)
-    _, tokenizer = bring_tokenizer(TOKENIZER, args.out)
-    source = {"dataset": REPO, "revision": revision}
-    write_download_manifest(args.out, source, splits, tokenizer, LABEL_END)
+    download(REPO, revision, found, args.out, args.threads, mark=LABEL_END)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data.pack_fineweb_edu import SPLITS, ShardWriter, count_words
+from data.pack_fineweb_edu import SPLITS, ShardWriter
 from data.train_tokenizer import bring_tokenizer, describe_split, digest_of, split_of, train_tokenizer
 from dataloading import data_hash, read_json, run_script, usable_cores, write_json
 
@@ -187,7 +187,7 @@ def make_sample(out: Path, vocab_size: int = 8192, packages: list[str] | None = 
             batch = slice(start, start + 2000)
             encodings = backend.encode_batch_fast(texts[batch], add_special_tokens=False)
             for text, split, encoding in zip(texts[batch], splits[batch], encodings):
-                writer.add(split, encoding.ids, count_words(text))
+                writer.add(split, encoding.ids, len(text.split()))
         for split in SPLITS:
             writer.flush(split)
         source = {"documentation": {name: versions.get(name) for name in packages or versions}}

@@ -68,14 +68,9 @@ def backend_in(folder: Path):
 
 
 def tokenize(folder: Path, texts: list[str]) -> list[tuple[np.ndarray, int]]:
-    """Ids and number of words of each text."""
+    """Of each text its ids, and the number of its words: of what whitespace separates."""
     encodings = backend_in(folder).encode_batch_fast(texts, add_special_tokens=False)
-    return [(np.array(encoding.ids, dtype="<u2"), count_words(text)) for text, encoding in zip(texts, encodings)]
-
-
-def count_words(text: str) -> int:
-    """Words as a shard's `words` in the manifest count them: what whitespace separates."""
-    return len(text.split())
+    return [(np.array(encoding.ids, dtype="<u2"), len(text.split())) for text, encoding in zip(texts, encodings)]
 
 
 def end_with_parent() -> None:

@@ -70,6 +70,7 @@ class Kind:
     problem_type: str | None = None  # of a model's configuration
     pipeline_tag = "text-classification"
     required_splits: tuple[str, ...] = ("train",)  # none: there is nothing to train (zero-shot)
+    label_column: str | None = None  # that these splits need beside their texts; None: --data.label
     baseline_name = "majority class"
 
     def __init__(self, task: Task, settings):
@@ -84,10 +85,6 @@ class Kind:
         """{split: rows} of a set on the Hub."""
         task = self.task
         return read_hub(name, *((task.config, task.diagnostic) if name == task.dataset else (None, None)))
-
-    def label_columns(self, split: str) -> list[str]:
-        """Columns that a split needs beside its texts."""
-        return [self.settings.label] if split == "train" else []
 
     def number_labels(self, labels: dict[str, list], names: list[str] | None) -> dict[str, np.ndarray]:
         """names: of the classes, where the data has them."""
@@ -279,9 +276,7 @@ class Span(Kind):
     metrics = ("f1", "exact_match")
     head = "QuestionAnswering"
     pipeline_tag = "question-answering"
-
-    def label_columns(self, split: str) -> list[str]:
-        return ["answers"] if split == "train" else []
+    label_column = "answers"
 
     def encode(
         self, tables: dict, columns: list[str], tokenizer: PreTrainedTokenizerFast, max_length: int
@@ -322,9 +317,6 @@ class MinimalPairs(Kind):
 
     def read_hub(self, name: str) -> dict:
         return read_configurations(name)
-
-    def label_columns(self, split: str) -> list[str]:
-        return []
 
     def encode(
         self, tables: dict, columns: list[str], tokenizer: PreTrainedTokenizerFast, max_length: int
@@ -513,8 +505,9 @@ def choose_columns(kind: Kind, tables: dict) -> list[str]:
     check_splits(kind, tables)
     given, theirs = (kind.settings.text, kind.settings.text_pair), (*kind.task.columns, None)
     columns = [column for column in (own or usual for own, usual in zip(given, theirs)) if column]
+    label = kind.label_column or kind.settings.label
     for split, rows in tables.items():
-        check_columns(split, rows, columns + kind.label_columns(split))
+        check_columns(split, rows, columns + ([label] if split in kind.required_splits else []))
     return columns
 
 

@@ -194,7 +194,8 @@ def check_end(log: Log) -> Iterator[str]:
     """It ended as configured, with the numbers of its last line."""
     train, result, end = log.named("config", "train"), log.named("result"), log.lines[-1]
     steps, seconds, text = result["step"], result["seconds"], result["work"].get("text", 0)
-    minutes, longest_step = train["max_minutes"], 3 * seconds / max(1, steps)
+    # The clock is read before a step; a machine may stall, and a GPU has steps queued
+    minutes, longest_step = train["max_minutes"], max(1.0, 3 * seconds / max(1, steps))
     place, most = at(log, "result"), most_text(log)
     by_clock = minutes is not None and seconds >= 60 * minutes
     by_text = most - step_tokens(log) <= text
@@ -685,6 +686,9 @@ def check_machine(logs: Sequence[Log]) -> Iterator[str]:
                     f"{at(log, 'environment')}: {name} is {there.get(name)!r}, not {here.get(name)!r}: "
                     "timed or compared runs are made on one machine (paired/)"
                 )
+        ours, theirs = here.get("variables"), there.get("variables")  # which older logs do not have
+        if None not in (ours, theirs) and ours != theirs:
+            yield f"{at(log, 'environment')}: the environment variables are {theirs}, not {ours}: run all in one shell"
     yield from check_apart(logs)
 
 

@@ -141,7 +141,7 @@ LENGTHS = [1, 30, 128, 7, 200, 3, 64, 90]  # of documents, for `row_of`
 def tiny(cls=KBERTForMaskedLM, **changed):
     """A small model whose zero-initialised matrices are not zero, or nothing would depend on attention."""
     shape = dict(num_hidden_layers=4, hidden_size=64, num_attention_heads=4, intermediate_size=128)
-    others = dict(vocab_size=VOCAB, local_attention_window=16, unet_skips=True, pad_token_id=2)
+    others = dict(vocab_size=VOCAB, local_attention_window=16, pad_token_id=2)
     torch.manual_seed(0)
     model = cls(KBERTConfig(**{**shape, **others, **changed}))
     for p in model.parameters():

@@ -161,7 +161,7 @@ def test_words_that_nobody_counted_and_steps_too_large(corpus, counted, tmp_path
     for flag in ("--train.max_words 1e6", "--train.save_words 1e6,2e6"):
         with pytest.raises(InputError, match="does not count the words .* pack the text again"):
             trainer.main(flags(corpus, tmp_path, "bad", flag))
-    with pytest.raises(InputError, match="leave 1,000 tokens of text, less than a step may have: .* from 1,536"):
+    with pytest.raises(InputError, match="leave 1,000 tokens of text, less than the 1,536 that a step may have"):
         trainer.main(flags(counted, tmp_path, "bad", "--train.max_words 500"))
     without = read_manifest(counted)
     for entry in without["shards"].values():

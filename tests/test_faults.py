@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 import dataloading
 import trainer
@@ -74,6 +75,39 @@ def test_a_finished_run_is_left_as_it_is(corpus, whole, capsys):
     go_on(corpus, whole)
     assert "is finished" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+
+
+def test_a_signal_behind_the_last_step_costs_nothing(corpus, whole, tmp_path, monkeypatch):
+    """It comes when the model is written and the test loss is not yet measured."""
+    write_models = Run.write_models
+
+    def interrupted(self):
+        write_models(self)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Run, "write_models", interrupted)
+    go_on(corpus, tmp_path / "run")
+    assert read_log(tmp_path / "run").named("result", "test_loss") == read_log(whole).named("result", "test_loss")
+
+
+def test_the_newest_run_is_the_one_that_saved_last(whole, tmp_path):
+    for name in ("first", "second"):
+        shutil.copytree(whole, tmp_path / name)
+        (tmp_path / name / "log.txt").unlink()
+    os.utime(tmp_path / "first" / "checkpoints" / "step-000006", (2e9, 2e9))
+    os.utime(tmp_path / "second", (2e9 + 1, 2e9 + 1))
+    assert find_checkpoint("auto", tmp_path, None) == tmp_path / "first" / "checkpoints" / "step-000006"
+    shutil.copytree(tmp_path / "first/checkpoints/step-000006", tmp_path / "first/checkpoints/step-000006-copy2")
+    assert find_checkpoint("auto", tmp_path, "first").name == "step-000006"
+
+
+def test_a_checkpoint_outside_its_run_is_refused(corpus, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole / "checkpoints" / "step-000004", tmp_path / "backup" / "step-000004")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="is in no run's folder: copy it to logs/RUN/checkpoints"):
+        main(flags(corpus, tmp_path, "none", SHORT, "--train.resume", "backup/step-000004"))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # --- one log
@@ -305,6 +339,14 @@ def test_a_checkpoint_that_cannot_be_written_ends_nothing_if_another_stands(
     fill_disk(monkeypatch, ["step-000002.tmp"])
     with pytest.raises(InputError, match="step-000002 cannot be written .*make room"):
         go_on(corpus, tmp_path / "other")
+    monkeypatch.undo()
+
+    def save(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(trainer, "save_model", save)
+    with pytest.raises(InputError, match="^I/O error: No space left"):  # and no traceback: it is no defect of ours
+        go_on(corpus, tmp_path / "third", "--train.save_every 0")
 
 
 def test_a_log_that_cannot_be_written_is_named(corpus, tmp_path, monkeypatch):

@@ -135,6 +135,8 @@ def test_detection_on_a_gpu_follows_detection_on_a_cpu(corpus, tmp_path):
     main(flags(corpus, tmp_path, "gpu", f"{rtd} --train.compile true"))
     cpu, gpu = (losses(tmp_path / run, "train_loss") for run in ("cpu", "gpu"))
     assert list(gpu.values())[:3] == pytest.approx(list(cpu.values())[:3], rel=0.1)  # other masks, other words
+    cpu, gpu = (losses(tmp_path / run, "val_loss") for run in ("cpu", "gpu"))  # of the same masks
+    assert list(gpu.values())[-1] == pytest.approx(list(cpu.values())[-1], abs=0.25)
     assert (tmp_path / "gpu" / "generator" / "model.safetensors").exists()
 
 
@@ -167,5 +169,5 @@ def test_the_base_model_takes_a_row_of_64k_tokens():
     loss = compile_rows(model.loss, model.encoder, compiled=True)(*row, max_seqlen=1024, window=128)
     loss.backward()
     # Above the log of 50,368, 10.8: before training, the tied head has each token guess itself, here at other targets
-    assert loss.item() / len(masked) == pytest.approx(13.5, abs=0.3)
+    assert loss.item() / len(masked) == pytest.approx(13.73, abs=0.1)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

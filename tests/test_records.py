@@ -432,6 +432,8 @@ def test_faster_only_on_a_faster_machine(record):
     shutil.copytree(record / "logs", record / "paired")
     problems = "\n".join(verify(record))
     assert "not faster than" in problems and "one machine" not in problems
+    change(record / "logs" / "2.txt", in_section("environment", "variables", {"OMP_WAIT_POLICY": "active"}))
+    assert any("variables are {'OMP_WAIT_POLICY': 'active'}" in said for said in verify(record))
 
 
 def test_a_slower_machine_beats_by_its_own_paired_runs(record):

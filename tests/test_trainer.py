@@ -41,7 +41,7 @@ from conftest import (
     write_documents,
 )
 from data import download_fineweb_edu
-from dataloading import InputError, Loader, count_text, frozen_mask, read_manifest
+from dataloading import InputError, Loader, count_text, frozen_mask, read_manifest, write_json
 from hub_stand_in import Hub
 from model import KBERTConfig
 from objectives import compile_rows, draw_masks, mask_count
@@ -134,7 +134,7 @@ def test_flags_override_the_preset_and_the_preset_the_defaults():
         ("--train.out 1,2", "1,2"),
         ("--train.lr_schedule cosine", "cosine"),
         ("--data.dir 12", "12"),
-        ("--model.unet_skips", True),
+        ("--train.deterministic", True),
         ("--model.value_residual=false", False),
         ("--model.frequency_base 1_000", 1000.0),
     ],
@@ -701,6 +701,11 @@ def test_settings_that_a_resumed_run_changes_are_logged(corpus, tmp_path):
     )
     said = read_log(tmp_path / "run").sections["resumed"].splitlines()
     assert said == ["step-000002", "train.steps: 5, before: 4", "train.muon_lr: 0.01, before: 0.03"]
+    state = step / "state.json"
+    write_json(state, json.loads(state.read_text()) | {"world_size": 8})
+    trainer.write_hashes(step)
+    main(flags(corpus, tmp_path, "run", "--train.steps 4 --train.save_every 2 --train.resume", step))
+    assert read_log(tmp_path / "run").sections["resumed"].splitlines() == ["step-000002", "ranks: 1, before: 8"]
 
 
 def test_a_test_set_that_is_damaged_costs_no_model(tmp_path):
