@@ -187,7 +187,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
 
 
 UNDER_TORCHRUN = """
-import os, signal, sys, trainer
+import os, signal, sys, time, trainer
 train_step = trainer.Run.train_step
 
 def struck(self, progress):
@@ -196,6 +196,8 @@ def struck(self, progress):
         os.kill(os.getpid(), signal.SIGKILL)
     if (os.environ["TORCHELASTIC_RESTART_COUNT"], self.process.rank, self.step) == ("1", 0, 5):
         os.kill(os.getppid(), signal.SIGINT)
+        while signal.getsignal(signal.SIGINT) != signal.SIG_DFL:  # until it has come back
+            time.sleep(0.01)
 
 trainer.Run.train_step = struck
 try:

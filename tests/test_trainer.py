@@ -703,6 +703,7 @@ def test_settings_that_a_resumed_run_changes_are_logged(corpus, tmp_path):
     assert said == ["step-000002", "train.steps: 5, before: 4", "train.muon_lr: 0.01, before: 0.03"]
     state = step / "state.json"
     write_json(state, json.loads(state.read_text()) | {"world_size": 8})
+    (step / "SHA256SUMS").unlink()
     trainer.write_hashes(step)
     main(flags(corpus, tmp_path, "run", "--train.steps 4 --train.save_every 2 --train.resume", step))
     assert read_log(tmp_path / "run").sections["resumed"].splitlines() == ["step-000002", "ranks: 1, before: 8"]
