@@ -317,10 +317,10 @@ def load_pretrained(cls: type, base: Base, config: PretrainedConfig, whole: bool
         raise InputError(
             f"cannot load the weights of {base.name} ({first_line(error)}): give --train.base_model a finished model"
         ) from error
-    missing = sorted(key for key in loading["missing_keys"] if base.kbert and key.startswith("encoder."))
-    if missing:
+    others = [*loading["missing_keys"], *loading["unexpected_keys"]]
+    if base.kbert and (others := sorted(key for key in others if key.startswith("encoder."))):
         raise InputError(
-            f"{base.name} has no {missing[0]}: it was trained by another model.py; "
+            f"{base.name} and this checkout differ in {others[0]}: it was trained by another model.py; "
             "finetune it with the checkout that trained it"
         )
     own = {key for key in model.state_dict() if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key}

@@ -856,8 +856,9 @@ class Run:
             raise RunFinished("\n".join(said))
         checkpoint = find_checkpoint(train.resume, out, train.run_name, train.start_afresh) if train.resume else None
         if checkpoint:
+            checkpoint = checkpoint if checkpoint.parent.name else checkpoint.resolve()
             of = checkpoint.parent.parent
-            if not (of / "config.yaml").exists():
+            if checkpoint.parent.name not in ("checkpoints", "abandoned"):
                 raise InputError(f"{checkpoint} is in no run's folder: copy it to logs/RUN/checkpoints of its run")
             if train.run_name and folder.resolve() != of.resolve():
                 raise InputError(

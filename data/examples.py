@@ -119,7 +119,7 @@ def kind_of(file: Path) -> str | None:
 
 
 def read_rows(files: list[Path]):
-    """Rows of files of one kind. A column has one type over the whole of a file."""
+    """Rows of files of one kind. A column has one type over the whole of a file, of JSON over its first 256 MB."""
     from datasets import Dataset, disable_progress_bars, load_dataset, logging
 
     disable_progress_bars()
@@ -132,15 +132,18 @@ def read_rows(files: list[Path]):
             raise InputError(f"{file} is empty: write rows to it or take it away")
     try:
         if READERS[kinds[0]] != "csv":
-            whole = {"chunksize": 2**31 - 1} if READERS[kinds[0]] == "json" else {}
+            whole = {"chunksize": 2**28} if READERS[kinds[0]] == "json" else {}
             paths = [str(file) for file in files]
             return load_dataset(READERS[kinds[0]], data_files=paths, split="train", **whole)
         how = {"keep_default_na": False, "na_values": MISSING, "low_memory": False}
         if kinds == [".tsv"]:
             how |= {"delimiter": "\t"} | ({} if quotes_close(files) else {"quoting": csv.QUOTE_NONE})
         tables = [pd.read_csv(file, **how) for file in files]
-        if any(list(table) != list(tables[0]) for table in tables):
+        if any(set(table) != set(tables[0]) for table in tables):
             raise ValueError("their columns differ: " + " and ".join(", ".join(map(str, table)) for table in tables))
+        kinds_of = {name: {table[name].dtype.kind for table in tables} for name in tables[0]}
+        if words := {name: str for name, found in kinds_of.items() if len(found) > 1 and found - set("iuf")}:
+            tables = [pd.read_csv(file, dtype=words, **how) for file in files]  # which one file has as numbers
         return Dataset.from_pandas(pd.concat(tables), preserve_index=False)
     except Exception as error:  # pyarrow, pandas and datasets each raise their own
         said = " ".join(str(error.__cause__ or error).split())[:200]
@@ -150,7 +153,7 @@ def read_rows(files: list[Path]):
 def quotes_close(paths: list[Path]) -> bool:
     """Whether quotes enclose cells: as GLUE writes a TSV, a quote that opens a cell need not close."""
     csv.field_size_limit(2**31 - 1)
-    for path in (path for path in paths if path.suffix == ".tsv"):  # not of one that is compressed
+    for path in (path for path in paths if path.suffix.lower() == ".tsv"):  # not of one that is compressed
         with open(path, encoding="utf-8", errors="replace", newline="") as file:
             try:
                 rows = [row for row in csv.reader(file, delimiter="\t", strict=True) if row]
@@ -233,6 +236,7 @@ def read_labels(tables: dict, column: str, own: bool) -> dict[str, list]:
     return labels
 
 
+NUMERAL = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")  # not 007, 1_1 or inf, which float takes
 UNKNOWN = {"NA", "N/A", "n/a", "NULL", "null", "None"}  # a missing one among numbers, a class like others among words
 
 
@@ -240,12 +244,9 @@ def tidy_labels(labels: dict[str, list]) -> dict[str, list]:
     """Labels of each split as they are meant, None where one is missing; words that are all numbers are numbers."""
     labels = {split: [tidy_label(value) for value in values] for split, values in labels.items()}
     words = {value for values in labels.values() for value in values if isinstance(value, str)}
-    if words <= UNKNOWN:
+    if words <= UNKNOWN or not all(NUMERAL.fullmatch(word) for word in words - UNKNOWN):
         return labels
-    try:
-        number = {word: tidy_label(float(word)) for word in words - UNKNOWN} | dict.fromkeys(UNKNOWN)
-    except ValueError:
-        return labels
+    number = {word: tidy_label(float(word)) for word in words - UNKNOWN} | dict.fromkeys(UNKNOWN)
     return {
         split: [number[value] if isinstance(value, str) else value for value in values]
         for split, values in labels.items()

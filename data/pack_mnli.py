@@ -70,11 +70,11 @@ def number_labels(splits: dict, column: str) -> tuple[dict, list | None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag, types = parser.add_argument, ".csv, .json, .jsonl or .parquet"
+    flag, types = parser.add_argument, ", ".join(READERS)
     flag("--dataset", default="nyu-mll/glue", help="labelled set on the Hugging Face Hub, all of its splits")
     flag("--name", help="configuration of --dataset (nyu-mll/glue: mnli unless given)")
     flag("--revision", help="commit, branch or tag of --dataset (its newest commit unless given)")
-    flag("--files", nargs="+", metavar="SPLIT=GLOB", help=f"read these files instead, all of one type: {types}")
+    flag("--files", nargs="+", metavar="SPLIT=GLOB", help=f"read these files instead, a split's of one type: {types}")
     flag("--text", default="premise", help="column of the text")
     flag("--text_pair", default="hypothesis", help="column of the second text, none for single texts")
     flag("--label", default="label", help="column of the label")

@@ -97,9 +97,12 @@ class Kind:
         column, splits, cut = self.settings.label, {}, 0
         named = {split: getattr(rows.features.get(column), "names", None) for split, rows in tables.items()}
         labels = read_labels(tables, column, own=self.task.dataset is None and named["train"] is None)
-        for split, names in named.items():  # a split's numbers are those of its own names
-            if names and set(names) <= set(self.task.classes or names):
-                labels[split] = [names[label] if isinstance(label, int) else label for label in labels[split]]
+        numbered = not (named["train"] or self.task.classes) and any(isinstance(x, int) for x in labels["train"])
+        for split, names in named.items():  # a split's numbers are those of its own names, and -1 is none
+            if names and not numbered and set(names) <= set(self.task.classes or names):
+                labels[split] = [names[x] if isinstance(x, int) and x >= 0 else x for x in labels[split]]
+            if names:
+                labels[split] = [None if x == -1 else x for x in labels[split]]
         numbers = self.number_labels(labels, named["train"])
         for split, rows in tables.items():
             splits[split], more = encode_texts(rows, columns, numbers[split], tokenizer, max_length)
@@ -540,7 +543,7 @@ def hold_out(splits: dict[str, Split], validation: str | None, classes: bool) ->
 
     classes: whether labels are classes.
     """
-    if any(is_validation(split) or split == validation for split in splits):
+    if any(split == validation or is_validation(split) and content.known.any() for split, content in splits.items()):
         return []
     train = splits["train"]
     if train.examples < 2:
@@ -562,9 +565,9 @@ def choose_dev(splits: dict[str, Split], validation: str | None) -> str:
         raise InputError("--data.validation train: a model cannot be chosen by what it learned; leave it out")
     if validation == "validation" and HELD_OUT in splits:
         validation = HELD_OUT
-    named = [split for split in splits if is_validation(split)]
+    named = [split for split in splits if is_validation(split) and splits[split].known.any()]
     others = [split for split in splits if split != "train"]
-    dev = validation or next(split for split in ("validation", *named, *others) if split in splits)
+    dev = validation or next(split for split in ("validation", *named, *others) if split in (named or others))
     if dev not in splits or not splits[dev].known.any():
         raise InputError(
             f"no labelled split {dev} to choose by: the splits are {', '.join(splits)}; choose with --data.validation"

@@ -291,8 +291,10 @@ def environment(device: torch.device, world_size: int) -> dict:
     machine = platform.node() + (identity.read_text() if identity.exists() else "")
     found |= {"system": platform.platform(), "world_size": world_size}
     found["machine"] = hashlib.sha256(machine.encode()).hexdigest()[:12]
-    speed = re.compile(r"(OMP|GOMP|KMP|MKL|MALLOC|PYTORCH|TORCHINDUCTOR|TRITON)_(?!CACHE_DIR)|LD_PRELOAD$")
-    found["variables"] = {name: value for name, value in sorted(os.environ.items()) if speed.match(name)}
+    speed = re.compile(r"(OMP|GOMP|KMP|MKL|MALLOC|PYTORCH|TORCHINDUCTOR|TRITON)_(?!CACHE_DIR|REDIS)|LD_PRELOAD$")
+    sklearns = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")  # which it sets, and only the finetuner imports it
+    variables = {name: value for name, value in sorted(os.environ.items()) if speed.match(name)}
+    found["variables"] = {name: value for name, value in variables.items() if name not in sklearns}
     return {**found, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 

@@ -15,6 +15,7 @@ import first_hour
 from conftest import ROOT, run_python
 from tests.benchmark import time_ways
 
+EAGER = {"TORCHDYNAMO_DISABLE": "1"}  # other tests compile
 TINY = ("--layers", 2, "--hidden", 64, "--heads", 1, "--intermediate", 64, "--row-tokens", 256, "--max-length", 96)
 
 
@@ -26,7 +27,7 @@ def benchmark(corpus: Path, tmp_path: Path, *arguments: object, env: dict | None
 
 
 def test_a_step_is_measured_beside_the_reference_in_each_shape(corpus, tmp_path):
-    found = benchmark(corpus, tmp_path, "--rounds", 1, "--steps", 1, "--reference-row-tokens", 192)
+    found = benchmark(corpus, tmp_path, "--rounds", 1, "--steps", 1, "--reference-row-tokens", 192, env=EAGER)
     shapes = {"bucketed eager", "concatenated eager", "concatenated compiled"}
     assert set(found["variants"]) == {f"modernbert {shape}" for shape in shapes}
     assert found["reference_tokens_per_s"] == max(found["variants"].values())
@@ -36,18 +37,17 @@ def test_a_step_is_measured_beside_the_reference_in_each_shape(corpus, tmp_path)
 def test_a_profile_accounts_for_the_whole_step(corpus, tmp_path):
     shares = benchmark(corpus, tmp_path, "--profile")["shares"]
     assert {"matrix products", "attention", "elementwise", "optimizer"} <= set(shares)
-    assert 0.99 < sum(shares.values()) < 1.5  # beyond 1 where two threads work at once
+    assert 0.99 < sum(shares.values()) < 0.1 + torch.get_num_threads()  # beyond 1 where threads work at once
 
 
 def test_the_padded_forward_is_measured_in_every_cell(corpus, tmp_path):
-    rows = benchmark(corpus, tmp_path, "--inference", "--rounds", 1)["serving"]
+    rows = benchmark(corpus, tmp_path, "--inference", "--rounds", 1, env=EAGER)["serving"]
     assert len({(row["how"], row["batch"]) for row in rows}) == len(rows) and len(rows) in (16, 30)
     assert all(row["ratio"] == pytest.approx(row["kbert"] / row["modernbert"]) for row in rows)
 
 
 def test_the_finetuner_is_measured_beside_the_trainers_way(corpus, tmp_path):
-    eager = {"TORCHDYNAMO_DISABLE": "1"}  # tests/test_finetuner.py compiles
-    found = benchmark(corpus, tmp_path, "--finetune", "--rounds", 1, "--steps", 1, env=eager)
+    found = benchmark(corpus, tmp_path, "--finetune", "--rounds", 1, "--steps", 1, env=EAGER)
     ours, *others = found["finetuning_examples_per_s"].values()
     assert len(others) == 2 and found["finetuning_ratio"] == pytest.approx(ours / max(others))
 

@@ -675,6 +675,9 @@ def test_a_column_has_one_type_over_the_whole_file(tmp_path, tokenizer):
     assert read("long.jsonl", long).kind.name == "number"
     quoted = [json.dumps({"text": "good", "label": label}) for label in ["4.5", "3.0"] * 10]
     assert read("quoted.jsonl", quoted).kind.name == "number"
+    for classes in (["01", "1"], ["1_1", "1_2"], ["007", "inf"]):
+        named = [json.dumps({"text": "good", "label": label}) for label in classes * 10]
+        assert read("named.jsonl", named).kind.classes == classes
 
 
 def test_numbers_of_classes_are_those_of_their_own_names(tmp_path, tokenizer):
@@ -695,6 +698,9 @@ def test_numbers_of_classes_are_those_of_their_own_names(tmp_path, tokenizer):
     write("fewer", "train", ["a", "b", "c"], [0, 1, 2])
     write("fewer", "validation", ["a", "c"], [0, 1])
     assert labels_of("fewer", "custom", "validation", text="sentence1") == [0, 2]
+    write_jsonl(tmp_path / "numbered", train=[{"sentence1": "good", "label": i % 2} for i in range(8)])
+    write("numbered", "validation", ["bad", "good"], [0, 1, -1])
+    assert labels_of("numbered", "custom", "validation", text="sentence1") == [0, 1, -1]
 
 
 def test_what_is_beside_a_split_is_not_read(tmp_path):
@@ -707,12 +713,21 @@ def test_what_is_beside_a_split_is_not_read(tmp_path):
     (tmp_path / "train_000001.csv").write_text("text,stars\ngood,1\n")
     with pytest.raises(InputError, match="train_000001.csv.*their columns differ: text, label and text, stars"):
         read_files(tmp_path)
+    (tmp_path / "train_000001.csv").write_text("label,text\nNA,bad\n")  # in another order, and of another type
+    train = read_files(tmp_path)["train"]
+    assert list(zip(train["text"], read_labels({"train": train}, "label", own=True)["train"])) == [
+        ("good", 1),
+        ("bad", None),
+    ]
 
 
 def test_a_split_called_dev_is_what_models_are_chosen_by(tmp_path, tokenizer):
     folder = write_jsonl(tmp_path, train=make_rows(20, 1), dev=make_rows(8, 2), devices=make_rows(8, 3))
     data = read_data("custom", tokenizer, 64, DataConfig(dataset=folder))
     assert data.dev == "dev" and HELD_OUT not in data.splits and not data.notes
+    write_jsonl(tmp_path, dev=[{**row, "label": None} for row in make_rows(8, 2)], devices=make_rows(8, 3))
+    data = read_data("custom", tokenizer, 64, DataConfig(dataset=folder))
+    assert data.dev == HELD_OUT and data.splits["dev"].examples == 8
 
 
 def test_what_is_held_out_has_labels(tmp_path, tokenizer):
@@ -1366,7 +1381,7 @@ def test_a_model_of_another_model_py_is_refused(base, films, tmp_path):
     weights = load_file(older / "model.safetensors")
     weights = {name: tensor for name, tensor in weights.items() if "qk_bias" not in name}
     save_file(weights, older / "model.safetensors", {"format": "pt"})
-    message = "has no encoder.blocks.1.attention.qk_bias: it was trained by another model.py"
+    message = "differ in encoder.blocks.1.attention.qk_bias: it was trained by another model.py"
     with pytest.raises(InputError, match=message):
         go(str(older), tmp_path, data_dataset=films)
 
@@ -1398,3 +1413,55 @@ def test_real_files_are_read(tokenizer):
     assert mrpc.dev == HELD_OUT and len(mrpc.splits["test_labelled"].ends) == 1725  # a tenth of train is held out
     sts = read("stsb", "glue/sts")
     assert sts.kind.name == "number" and sts.splits["train"].labels.max() == 5.0
+
+
+def test_adamw_sums_over_ranks_clips_and_decays_matrices_alone(monkeypatch):
+    """As torch's own; a small gradient, then a large one, tell sum and clipping apart."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.mul_(2))  # another rank with the same
+    ours, theirs = (torch.nn.Linear(3, 2) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    train = FinetuneConfig(lr=0.1, weight_decay=0.5, clip=1.0)
+    step = finetuner.adamw_step(ours, train, Process(0, 2, torch.device("cpu")))
+    groups = [{"params": [theirs.weight], "weight_decay": 0.5}, {"params": [theirs.bias], "weight_decay": 0.0}]
+    plain = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.98), eps=1e-6)
+    for size in (0.1, 10.0):
+        ours.weight.grad = torch.full_like(ours.weight, size)  # none for the bias: no example here
+        theirs.weight.grad = torch.full_like(theirs.weight, 2 * size)
+        theirs.bias.grad = torch.zeros_like(theirs.bias)
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        step(1.0)
+        plain.step()
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def test_patience_ends_a_run_which_keeps_its_best_weights(base, tokenizer, films, monkeypatch):
+    net, seen, scores = make_network(base), [], iter([0.5, 0.7, 0.6, 0.7, 0.9])  # the last: of the kept weights
+
+    def judged(*_):
+        seen.append({name: tensor.clone() for name, tensor in net.model.state_dict().items()})
+        return next(scores)
+
+    monkeypatch.setattr(finetuner, "dev_score", judged)
+    data = read_data("custom", tokenizer, 64, DataConfig(dataset=films, max_train_examples=32))
+    train = FinetuneConfig(epochs=9, batch_size=32, optimizer="muon", lr=1e-3, patience=2)
+    said, _ = finetuner.Training(net, data, train, ALONE, None).run()
+    assert (said["steps"], said["best_step"], said["score"], len(seen)) == (4, 2, 0.9, 5)
+    assert all(torch.equal(seen[4][name], tensor) for name, tensor in seen[1].items())
+    assert not torch.equal(seen[3]["classifier.weight"], seen[1]["classifier.weight"])
+
+
+def test_the_folder_holds_the_seed_that_scored_best(base, films, tmp_path, monkeypatch):
+    def run(training):
+        number = training.train.seed - 1
+        torch.nn.init.constant_(training.net.model.classifier.bias, number)
+        score = (0.6, 0.9, 0.7)[number]
+        said = {"score": score, "best_step": 1, "steps": 1, "seconds": 1.0}
+        metrics = {"validation": {"accuracy": score, "macro_f1": score}}
+        return said | {"metrics": metrics}, {"validation": np.full(40, number % 2)}
+
+    monkeypatch.setattr(finetuner.Training, "run", run)
+    monkeypatch.setattr(finetuner, "draw_curves", lambda folder: None)
+    folder = go(base, tmp_path, data_dataset=films, train_seeds=3)
+    assert (load_file(folder / "model" / "model.safetensors")["classifier.bias"] == 1).all()
+    assert set((folder / "predictions" / "validation.tsv").read_text().split()[3::2]) == {"1"}
+    assert report_of(folder)["model"]["settings"]["seed"] == 2

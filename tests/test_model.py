@@ -48,6 +48,52 @@ def test_a_document_is_the_same_alone_packed_and_padded():
     assert (padded[~mask.bool()] == 0).all()
 
 
+def plain_encoder(model: KBERTModel, ids: torch.Tensor) -> torch.Tensor:
+    """The encoder written out once more, for one text, in fp64: what a checkpoint means."""
+    c, S, token = model.config, len(ids), torch.arange(len(ids))
+    w = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    H, D, m = c.num_attention_heads, c.head_dim, c.weight_multiplier
+
+    def norm(x):
+        return x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt()
+
+    frequency = 2.0 * (2.0 * c.frequency_base) ** -torch.linspace(0, 1, D // 4, dtype=torch.float64)
+    angle = token[:, None, None] * torch.cat([frequency, 0 * frequency])  # [S, 1, D / 2]
+
+    def turned(x):
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()], -1)
+
+    x = x0 = norm(m * w["embed.weight"][ids])
+    first = None
+    for layer in range(c.num_hidden_layers):
+        at = f"blocks.{layer}."
+        of = {name.removeprefix(at): tensor for name, tensor in w.items() if name.startswith(at)}
+        if layer:
+            x = of["input_lambdas"][0] * x + of["input_lambdas"][1] * x0
+        q, k, v = (m * norm(x) @ of["attention.qkv.weight"].T).view(S, 3, H, D).unbind(1)
+        first = v if layer == 0 else first
+        if layer:
+            v = v + of["attention.value_lambda"] * (first - v)
+        q, k, visible = norm(q), norm(k), torch.ones(S, S, dtype=torch.bool)
+        if layer % c.global_attention_every:
+            q, k = q + of["attention.qk_bias"][0], k + of["attention.qk_bias"][1]
+            visible = (token[:, None] - token).abs() <= c.local_attention_window // 2
+        scores = 0.12 * torch.einsum("qhd,khd->hqk", turned(q), turned(k))
+        seen = torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
+        x = x + m * seen.flatten(1) @ of["attention.out.weight"].T
+        gate, up = (m * norm(x) @ of["mlp.gate_up.weight"].T).chunk(2, -1)
+        x = x + m * (F.gelu(gate) * up) @ of["mlp.down.weight"].T
+    return norm(x)
+
+
+def test_the_encoder_is_the_function_that_checkpoints_were_trained_as():
+    model, (ids, _, _) = tiny(KBERTModel), row_of([128])
+    with torch.no_grad():
+        found = model(ids[None]).last_hidden_state[0].double()
+        torch.testing.assert_close(found, plain_encoder(model, ids), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("window", [1, 8, 64, 100, None])
 @pytest.mark.parametrize("lengths", [LENGTHS, [128], [5] * 60, [600, 1, 1, 30]])
 def test_tiled_attention_agrees_with_fp64_forward_and_backward(window, lengths):

@@ -100,6 +100,40 @@ def test_muon_steps_have_the_size_that_lr_says():
         assert 0.7 * 0.02 < torch.linalg.svdvals(square.detach() - before).max() < 1.5 * 0.02
 
 
+def test_muon_written_out_for_tall_square_and_wide_matrices():
+    """Nesterov, NorMuon by neuron, the norm kept, the longer step of a tall matrix, cautious decay."""
+    model, lr, decay, beta = small_model(), 0.02, 100.0, 0.9
+    optimizer = Optimizer(model, rank=0, world_size=1, **settings(muon_weight_decay=decay))
+
+    def stacks(of) -> dict:
+        groups = optimizer.muon
+        return {g.row: torch.cat([of(p).reshape(-1, *g.row) for p in g.parameters]).clone() for g in groups}
+
+    start, weights = stacks(lambda p: p.detach()), stacks(lambda p: p.detach())
+    momentum, second = ({row: 0.0 for row in start} for _ in range(2))
+    assert set(start) == {(128, 64), (64, 64), (64, 128), (32, 64)}
+    for step in range(3):
+        torch.manual_seed(step)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        gradients = stacks(lambda p: p.grad)
+        optimizer.step(1.0, beta)
+        for (r, c), g in gradients.items():
+            row = r, c
+            momentum[row] = beta * momentum[row] + (1 - beta) * g
+            update = polar_express((1 - beta) * g + beta * momentum[row]).float()
+            mean = update.square().mean(-1 if r >= c else -2, keepdim=True)
+            second[row] = 0.95 * second[row] + 0.05 * mean
+            even = update / second[row].sqrt()
+            even *= update.norm(dim=(1, 2), keepdim=True) / even.norm(dim=(1, 2), keepdim=True)
+            even *= max(1.0, r / c) ** 0.5
+            weights[row] *= 1 - lr * lr * decay * (even * weights[row] > 0)
+            weights[row] -= lr * even
+    for row, found in stacks(lambda p: p.detach()).items():
+        wanted = weights[row] - start[row]
+        assert (found - start[row] - wanted).norm() / wanted.norm() < 0.02, row
+
+
 def test_weights_stored_divided_take_the_same_steps():
     """To the bit, by a power of two: with small gradients, too, where epsilons matter."""
     ids = torch.randint(5, 70, (2, 128))
@@ -201,6 +235,7 @@ def test_bytes_sent_follow_the_formula(world_size):
     optimizer = Optimizer(model, rank=0, world_size=world_size, **settings())
     padding = sum((group.share * world_size - group.rows) * math.prod(group.row) for group in optimizer.groups)
     assert bytes_sent(optimizer) == 6 * (numbers + padding) * (world_size - 1) // world_size
+    assert all(0 <= group.share * world_size - group.rows < world_size for group in optimizer.groups)
 
 
 def test_two_and_three_ranks_give_what_one_process_gives_and_exchange_their_state(tmp_path):

@@ -436,6 +436,20 @@ def test_faster_only_on_a_faster_machine(record):
     assert any("variables are {'OMP_WAIT_POLICY': 'active'}" in said for said in verify(record))
 
 
+def test_systems_only_waives_the_test_alone_and_a_track_has_its_least_runs(record):
+    before = next(record.parent.glob("*_before"))
+    mean = json.loads((record / "record.json").read_text())["measured"]["val_loss"]
+    change_track(record, min_runs=4)
+    assert any("3 runs; the track asks for 4" in problem for problem in verify(record))
+    change_track(record, min_runs=3)
+    for folder in (record, before):
+        change_json(folder / "record.json", systems_only="the same, compiled")
+    assert not any("systems_only needs" in problem for problem in verify(record))
+    assert any("systems_only needs a record to be faster than" in problem for problem in verify(before))
+    change_track(record, target={"metric": "val_loss", "value": mean - 0.01})
+    assert any("a mean loss that meets the target" in problem for problem in verify(record))
+
+
 def test_a_slower_machine_beats_by_its_own_paired_runs(record):
     """Twice as fast as the record before, but slower than that was on its machine: of the same day, it stands last."""
     other = in_section("environment", "machine", "another")

@@ -46,6 +46,7 @@ from hub_stand_in import Hub
 from model import KBERTConfig
 from objectives import compile_rows, draw_masks, mask_count
 from records.log import LOG_LINE, MASKED_LAST_LAYER, WHOLE_LAST_LAYER, Work, log_line, peak_flops, read_log
+from records.verify import check_run
 from trainer import (
     PRESETS,
     DataConfig,
@@ -295,17 +296,17 @@ def test_one_graph_serves_every_row_and_masking_rate(corpus, monkeypatch):
 
 def test_many_windows_are_compiled_and_too_many_are_an_error(corpus, monkeypatch):
     """A window beyond the compiler's limit would run eagerly, and write out T x T scores on a GPU."""
-    model = tiny(vocab_size=64, hidden_size=128, num_attention_heads=2)
+    model = tiny(vocab_size=64, hidden_size=128, num_attention_heads=2, num_hidden_layers=2)
     row = next(iter(Loader(corpus, read_manifest(corpus), "train", 1024, 100, seed=1)))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     loss_of, masked_row = compile_rows(model.loss, model.encoder, compiled=True), draw_masks(row, 64, 1, 3)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with torch.no_grad():
-        for window in range(16, 13 * 16, 16):
+        for window in range(16, 10 * 16, 16):  # dynamo's own limit is 8
             loss_of(*masked_row, max_seqlen=100, window=window)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 12
-        with torch._dynamo.config.patch(recompile_limit=12), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 9
+        with torch._dynamo.config.patch(recompile_limit=9), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
             loss_of(*masked_row, max_seqlen=100, window=1000)
 
 
@@ -367,12 +368,11 @@ def test_ranks_share_one_and_the_same_training(corpus, finished, tmp_path, ranks
         assert losses(tmp_path / "ranks", kind) == pytest.approx(losses(finished, kind), abs=0.01)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_the_same_weights_validate_to_the_same_loss_on_any_ranks(corpus, finished, tmp_path, ranks):
+def test_the_same_weights_validate_to_the_same_loss_on_any_ranks(corpus, finished, tmp_path):
     """Those of the last checkpoint, on the test set: what a log says of a validation is not asked again."""
     shutil.copytree(finished, tmp_path / "copy")
     checkpoint = tmp_path / "copy" / "checkpoints" / "step-000020"
-    result = run_python("trainer.py", *flags(corpus, tmp_path, "copy", "--train.resume", checkpoint), processes=ranks)
+    result = run_python("trainer.py", *flags(corpus, tmp_path, "copy", "--train.resume", checkpoint), processes=3)
     assert result.returncode == 0, result.stderr
     alone, together = (read_log(run).named("result", "test_loss") for run in (finished, tmp_path / "copy"))
     assert together == pytest.approx(alone, abs=1e-4) and losses(tmp_path / "copy", "val_loss")[20]
@@ -454,30 +454,35 @@ def test_uploads_are_waited_for_when_the_other_ranks_are_gone(tmp_path, capsys, 
     assert ("--train.resume auto" in capsys.readouterr().out) != finished
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_saves_once_and_exits(corpus, tmp_path, number, code):
+def test_a_signal_saves_once_and_exits(corpus, tmp_path):
     arguments = flags(corpus, tmp_path, "term", "--train.steps 100_000 --train.save_every 0")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, "trainer.py", *arguments], cwd=ROOT, text=True, **pipes)
     log, deadline = tmp_path / "term" / "log.txt", time.monotonic() + 120
-    while not (log.exists() and "step:7/" in log.read_text()):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(number)
-    said, wrong = process.communicate(timeout=60)
-    assert process.returncode == code and "Traceback" not in wrong
+    try:
+        while not (log.exists() and "step:7/" in log.read_text()):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        said, wrong = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and "Traceback" not in wrong
     last = int(lines(tmp_path / "term")[-1]["step"])
     assert said.endswith(f"\nstopped at step {last}; continue with --train.resume auto\n") and last >= 7
     (checkpoint,) = (tmp_path / "term" / "checkpoints").iterdir()
     assert json.loads((checkpoint / "state.json").read_text())["step"] == int(checkpoint.name[5:]) == last
 
 
-@pytest.mark.parametrize("seconds, asked", [(0.01, [0, 1, 10, 20]), (4.0, [0, 1, *range(2, 25, 2)])])
-def test_ranks_look_for_signals_every_ten_seconds(seconds, asked):
-    """torchrun kills thirty seconds after SIGTERM: ten steps may take longer."""
+@pytest.mark.parametrize(
+    "seconds, minutes, asked",
+    [(0.01, None, [0, 1, 10, 20]), (4.0, None, [0, 1, *range(2, 25, 2)]), (0.01, 9.0, list(range(25)))],
+)
+def test_ranks_look_for_signals_every_ten_seconds(seconds, minutes, asked):
+    """torchrun kills thirty seconds after SIGTERM: ten steps may take longer. By the clock, all end at one step."""
     steps = []
     process = types.SimpleNamespace(world_size=2, max=lambda *values: steps.append(run.step) or values)
-    run = types.SimpleNamespace(process=process, train=TrainConfig(log_every=10), agree_every=1)
+    run = types.SimpleNamespace(process=process, train=TrainConfig(log_every=10, max_minutes=minutes), agree_every=1)
     run.clock = types.SimpleNamespace(now=lambda: run.step * seconds)
     for run.step in range(25):
         trainer.Run.agree(run, [])
@@ -487,7 +492,8 @@ def test_ranks_look_for_signals_every_ten_seconds(seconds, asked):
 def test_a_run_by_the_clock_ends_when_its_time_is_up(corpus, tmp_path):
     main(flags(corpus, tmp_path, "clock", "--train.max_minutes", "0.03"))
     last = lines(tmp_path / "clock")[-1]
-    assert last["steps"] == "-" and 1800 <= int(last["train_time"]) < 1800 + 2000 and last["val_loss"]
+    assert last["steps"] == "-" and int(last["train_time"]) >= 1800 and last["val_loss"]
+    assert not list(check_run(read_log(tmp_path / "clock" / "log.txt")))  # not long after
 
 
 def test_batch_and_window_schedules_run(corpus, tmp_path):
@@ -515,6 +521,8 @@ def test_batch_and_window_schedules_run(corpus, tmp_path):
     metrics = metrics_of(tmp_path / "schedules")
     assert metrics[0]["batch_tokens"] == 512 and metrics[-1]["batch_tokens"] == 1024
     assert metrics[0]["window"] == 64 and metrics[-1]["window"] == 128
+    factors = [metrics[step]["lr_factor"] for step in (1, -1)]
+    assert factors == pytest.approx([0.625 * 0.5**0.5, 0.2875])  # a smaller batch takes smaller steps
 
 
 def test_compiled_and_eager_training_agree(corpus, finished, tmp_path):
@@ -933,25 +941,78 @@ def test_a_resumed_run_keeps_its_rows(corpus, finished, tmp_path):
     assert metrics_of(tmp_path / "moved")[-1]["batch_tokens"] == 1536
 
 
-def test_a_checkpoint_of_other_settings_is_refused(corpus, finished, tmp_path):
+def test_a_checkpoint_of_other_settings_is_refused(corpus, counted, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "other")
     checkpoint = tmp_path / "other" / "checkpoints" / "step-000010"
-    with pytest.raises(InputError, match=r"other settings \(model\)"):
-        main(flags(corpus, tmp_path, "other", "--train.resume", checkpoint, "--model.hidden_size 128"))
+    changes = {"--model.hidden_size 128": "model", "--train.seed 2": "seed", "--train.row_tokens 512": "row_tokens"}
+    changes["--data.max_length 90"] = "model, max_length"
+    for data, changed, said in [*((corpus, *pair) for pair in changes.items()), (counted, "", "data")]:
+        with pytest.raises(InputError, match=rf"other settings \({said}\)"):
+            main(flags(data, tmp_path, "other", "--train.resume", checkpoint, changed))
 
 
-def test_no_hub_token_is_said_before_training(corpus, tmp_path):
-    with Hub() as hub:
-        environment = {**hub.environment(tmp_path), "HF_TOKEN": ""}
-        hub.broken = "whoami"
-        said = failure(corpus, tmp_path, "--train.hf_model_name me/tiny", processes=2, env=environment)
-        assert "hf auth login" in said
+@pytest.mark.parametrize("omp, local, asked", [(None, 1, [6]), ("1", 1, []), ("1", 2, [3])])
+def test_a_users_number_of_threads_holds_for_one_process(monkeypatch, omp, local, asked):
+    called = []
+    monkeypatch.setattr(torch, "set_num_threads", called.append)
+    monkeypatch.setattr(trainer, "usable_cores", lambda: 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    with trainer.join_processes("cpu"):
+        assert called == asked
+
+
+def test_validation_and_saving_stop_the_clock(counted, tmp_path, monkeypatch):
+    running = {}
+
+    def watch(name: str) -> None:
+        method = getattr(trainer.Run, name)
+
+        def watched(self, *rest):
+            running.setdefault(name, set()).add(self.clock.started is not None)
+            return method(self, *rest)
+
+        monkeypatch.setattr(trainer.Run, name, watched)
+
+    for name in ("validate", "write_checkpoint", "keep_model", "train_step"):
+        watch(name)
+    often = "--train.steps 4 --train.valid_every 2 --train.save_every 2 --train.save_words 1000"
+    main(flags(counted, tmp_path, "run", often, "--train.log_every 100"))
+    still = dict.fromkeys(("validate", "write_checkpoint", "keep_model"), {False})
+    assert running == still | {"train_step": {True}}
+
+
+def test_what_compiles_before_the_clock_moves_nothing(corpus, tmp_path, monkeypatch):
+    held = []
+
+    def hold(run, signals):
+        held.append(run)
+        run.stopped_by = 0
+        return False
+
+    monkeypatch.setattr(trainer.Run, "train_loop", hold)
+    main(flags(corpus, tmp_path, "held"))
+    (run,) = held
+    assert run.optimizer.steps == 0 and run.clock.now() == 0
+    assert not any(state.any() for group in run.optimizer.groups for state in group.state.values())
+    torch.manual_seed(run.train.seed)
+    fresh = trainer.make_objective(run.config, run.train, 100).network.state_dict()
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in run.objective.network.state_dict().items())
+
+
+def test_no_hub_token_is_said_before_training(hub, corpus, tmp_path):
+    hub.broken = "whoami"
+    with pytest.raises(InputError, match="hf auth login"):
+        main(flags(corpus, tmp_path, "bad", "--train.hf_model_name me/tiny"))
     assert not list(tmp_path.glob("bad/checkpoints/*"))
 
 
 def test_a_place_that_cannot_be_written_is_named(corpus, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "file" in failure(corpus, tmp_path, "--train.out", tmp_path / "file", processes=2)
+    with pytest.raises(InputError, match="file"):
+        main(flags(corpus, tmp_path, "bad", "--train.out", tmp_path / "file"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(corpus, tmp_path):
