@@ -355,7 +355,7 @@ class RowStream:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copies without waiting for a GPU, as a copy from unpinned memory would."""
+    """Copies through pinned memory: from unpinned memory, the copy would make the host wait for the GPU."""
     tensor = torch.from_numpy(array)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 

@@ -541,8 +541,8 @@ class Network:
 def predict(
     net: Network, split: Split, process: Process, chosen: np.ndarray | None = None, dtype: torch.dtype | None = None
 ) -> list:
-    """What the kind of task keeps of the logits of the examples `chosen` (None: all). Ranks share the rows; each
-    gets all. dtype: of a KBERT's activations; None: fp32.
+    """What kind.keep makes of the logits of the examples `chosen` (None: all), in their order in the split. Ranks share
+    the rows, and each gets all results. dtype: of a KBERT's activations; None: fp32.
     """
     net.train(False)
     if dtype is not None:

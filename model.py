@@ -55,7 +55,7 @@ def option(default, help: str):
 class KBERTConfig(PretrainedConfig):
     model_type = "kbert"
 
-    # Of the weights' names, shapes and scale: 1 had no weight_multiplier, 1 and 2 padded the vocabulary to 128s
+    # Format of the weights: 1 had no weight_multiplier; 1 and 2 padded the vocabulary to a multiple of 128
     checkpoint_format: int = 3
     # Set by the data, not by flags
     vocab_size: int = 50_368
@@ -137,7 +137,7 @@ class KBERTConfig(PretrainedConfig):
 
 
 class Linear(nn.Linear):
-    """Without bias; fp32 weights are cast to the activations' dtype. Muon takes the weight for `stacked` matrices."""
+    """Without bias; fp32 weights are cast to the activations' dtype. Muon sees the weight as `stacked` matrices."""
 
     def __init__(self, in_features: int, out_features: int, stacked: int = 1):
         super().__init__(in_features, out_features, bias=False)
@@ -163,7 +163,7 @@ def rotary_frequencies(head_dim: int, base: float, device: torch.device | None =
 def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and signed sin [..., 1, D], computed from positions [...]: no table to outgrow, no buffer to lose in loading.
 
-    One tensor for both, which the compiler computes once: two it would compute anew in each layer.
+    Both are parts of one tensor, because the compiler computes one tensor once but would recompute two in each layer.
     """
     angle = positions[..., None].float() * rotary_frequencies(head_dim, base, positions.device)  # [..., D / 2]
     cos, sin = angle.cos(), angle.sin()
@@ -407,7 +407,7 @@ class KBERTModel(KBERTPreTrainedModel):
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:
-    """What logits x are multiplied by to stay within plus and minus cap; its cube is the slope. Tanh is slower."""
+    """The factor that brings logits x within plus and minus cap; its cube is the cap's slope. Tanh is slower."""
     return torch.rsqrt(1 + (x * (1 / cap)).square())
 
 
@@ -517,7 +517,7 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
 
 
 class Detector(nn.Linear):
-    """The last layer of a detector. Starts at zero: by random guesses the encoder can lose its way."""
+    """The last layer of a detector. Starts at zero: started at random, one encoder of two finetuned badly."""
 
 
 class KBERTForReplacedTokenDetection(KBERTPreTrainedModel):
@@ -526,7 +526,7 @@ class KBERTForReplacedTokenDetection(KBERTPreTrainedModel):
     def __init__(self, config: KBERTConfig):
         super().__init__(config)
         self.encoder = KBERTModel(config)
-        # By other names than a classifier's, which is to start afresh where this model is finetuned
+        # Not named like a classifier's layers, which must start afresh when this model is finetuned
         self.detector_dense = Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps, elementwise_affine=False)
         self.detector = Detector(config.hidden_size, 1)
@@ -672,9 +672,9 @@ KBERTForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """visible [B, queries or 1, S] -> what is added to scores [B, 1, ...]: zero, or enough to hide a key in any dtype.
+    """visible [B, queries or 1, S] -> what to add to scores [B, 1, ...]: zero, or -1e4, which hides a key in any dtype.
 
-    QK-norm bounds the scores, so a finite number does, and a query that sees nothing gets a mean where -inf gives NaN.
+    QK-norm bounds the scores, so -1e4 is enough. A query that sees no key then gets a mean; -inf would give NaN.
     """
     return torch.where(visible, 0.0, -1e4).to(dtype)[:, None]
 
@@ -698,8 +698,8 @@ def flex_mask(document_ids: Tensor, reach: int | None, size: int = BLOCK) -> Blo
 
     reach: tokens that a query sees to each side; None: all of its document.
 
-    Documents are contiguous, so the keys that a query sees are, and so are the blocks that some, or all, of a block's
-    queries see. Seeing is mutual, so each table serves the backward too. A GPU's compiler would take long over a sort.
+    Documents are contiguous. So are the keys that a query sees, and so are the blocks that some, or all, of a block's
+    queries see. Visibility is symmetric: the tables serve the backward too. A sort would compile slowly for a GPU.
     """
     T = document_ids.size(0)
     token = torch.arange(T, device=document_ids.device)
@@ -858,7 +858,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tiles, scale: floa
         sides = (keys // queries - 1) // 2
         q, k, v = (x.view(-1, queries, H, D) for x in (q, k, v))  # [C, queries, H, D]
         k, v = Neighbours.apply(k, sides), Neighbours.apply(v, sides)  # [C, keys, H, D]
-    # One dimension for tiles and heads: with two, the product would have k transposed number by number.
+    # One dimension for tiles and heads: with two, torch would transpose k element by element before the product.
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [C * H, queries or keys, D]
     # Softmax need not subtract the maximum, since QK-norm bounds the scores: one pass less each way.
     scores = (q @ k.mT).unflatten(0, (-1, H))  # [C, H, queries, keys]

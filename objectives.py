@@ -53,7 +53,7 @@ def random_of(row: Row, seed: int, purpose: int = 0) -> torch.Generator:
 
 
 def draw_masks(row: Row, count: int, seed: int, mask_id: int) -> tuple[Tensor, ...]:
-    """What model.loss takes of a row of which `count` positions are masked, as corrupt() gives it."""
+    """A row with `count` positions masked at random: what corrupt() returns and model.loss takes."""
     score = torch.rand(row.text.size(0), generator=random_of(row, seed), device=row.text.device)
     masked = score.masked_fill(~row.text, -1).topk(count, sorted=False).indices.sort().values
     return corrupt(row, masked, mask_id)
@@ -63,7 +63,7 @@ def frozen_masks(row: Row, mask_id: int) -> tuple[int, tuple[Tensor, ...]]:
     """How many positions of a row of validation are masked, and the row as corrupt() gives it."""
     masked = np.flatnonzero(frozen_mask(row.offsets))
     count = len(masked)
-    # Up to the next multiple of 64, so that there is one position at least: the filling has no target.
+    # Filled up to a multiple of 64, never empty, with position 0, which is not text and so has no target.
     masked = torch.from_numpy(np.pad(masked, (0, -count % 64 or 64))).to(row.input_ids.device)
     return count, corrupt(row, masked, mask_id)
 

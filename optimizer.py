@@ -58,7 +58,7 @@ def descend(p: Tensor, update: Tensor, rates: Tensor) -> None:
     p.mul_(1 - rates[1] * (update * p > 0)).sub_(rates[0] * update)
 
 
-# By their names since torch 2.13, or of before.
+# The names since torch 2.13, else the older ones.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -186,7 +186,7 @@ class Adam(Group):
 
     @torch.no_grad()
     def update(self, step: int, momentum: float) -> Tensor:
-        """As Muon's, of [share]; it has a momentum of its own."""
+        """Like Muon.update, on [share]. `momentum` is Muon's and not used: Adam has decays of its own."""
         for unbias, beta in zip(self.unbias, self.betas):
             unbias.fill_(1 - beta**step)
         momentum, second_moment = self.state["momentum"], self.state["second_moment"]
@@ -258,7 +258,7 @@ class Optimizer:
         for group in self.groups:
             group.wait()
             lr = group.lr * lr_factor
-            group.apply(self.descend, lr, min(1.0, lr * lr * group.weight_decay))  # more than all would turn signs
+            group.apply(self.descend, lr, min(1.0, lr * lr * group.weight_decay))  # a decay above 1 would flip signs
             for p in group.parameters:
                 p.grad = None
 

@@ -83,7 +83,7 @@ MODULES = (
 # Configuration
 
 MaskRate = restricted_number_type("MaskRate", float, [(">", 0), ("<=", 1)])
-Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**24)])  # as many as rows' numbers leave room for
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**24)])  # random_of packs it into 64 bits
 PolarSteps = restricted_number_type("PolarSteps", int, [(">=", 1), ("<=", len(POLAR_EXPRESS))])
 
 
@@ -404,7 +404,7 @@ class Process:
 
 @contextlib.contextmanager
 def join_processes(device: str = "auto", timeout_minutes: float = 10) -> Iterator[Process]:
-    """Joins torchrun's process group, if there is one: NCCL between GPUs, gloo between CPUs and for small talk.
+    """Joins torchrun's process group, if there is one: NCCL between GPUs, gloo between CPUs and for small messages.
 
     The group is left after a clean end only: a rank that fails exits at once, and torchrun ends those that wait for it.
     """
@@ -1100,7 +1100,7 @@ class Run:
         if self.process.world_size > 1 and self.train.max_minutes is None and self.step % self.agree_every:
             return self.clock.now(), 0
         seconds, stopped = self.process.max(self.clock.now(), max(signals, default=0))
-        # At least every ten seconds: thirty after its SIGTERM, torchrun kills what has not saved yet
+        # At least every ten seconds: thirty seconds after SIGTERM, torchrun kills its ranks, saved or not
         self.agree_every = min(self.train.log_every, max(1, int(10 * self.step / max(seconds, 1e-9))))
         return seconds, stopped
 

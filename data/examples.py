@@ -218,7 +218,8 @@ def check_columns(split: str, rows, wanted: list[str]) -> None:
 def read_labels(tables: dict, column: str, own: bool) -> dict[str, list]:
     """Labels of each split as they stand in the data, None where one is missing.
 
-    own: in a set of one's own, -1 may be a class: there it means "no label" only in a split that has no other.
+    own: whether the data is the user's own. There -1 may be a class: it means "no label" only where a split has no
+    other label.
     """
     labels = {}
     for split, rows in tables.items():

@@ -147,8 +147,8 @@ def make_pairs(documents: list[tuple[str, str]]) -> dict[str, list[dict]]:
             groups[split_of(text, *SPLIT_FRACTIONS)].append((package, *pair))
     pairs = {}
     for split, group in groups.items():
-        # Half stay as they are. In the other half each summary gets its successor's description: of packages in equal
-        # shares, and of equal lengths, so that neither text tells the label by itself.
+        # Half stay as they are. In the other half each summary gets the next one's description. Both halves then have
+        # the same mix of packages and lengths, so that neither text alone tells the label.
         group.sort(key=lambda pair: digest_of(pair[1]))
         chosen, kept = group[::2], group[1::2]
         successors = zip(chosen, chosen[1:] + chosen[:1])

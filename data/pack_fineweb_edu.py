@@ -79,7 +79,7 @@ def end_with_parent() -> None:
 
 
 def start_workers(folder: Path, count: int) -> ProcessPoolExecutor:
-    """Processes, each of which turns ids into arrays: for the threads of `tokenizers` one Python thread would do it."""
+    """Processes, so that each turns its ids into arrays; with threads, one Python thread would do that for all."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     pool = ProcessPoolExecutor(count, initializer=end_with_parent)
     backend_in(folder)  # where processes are forked, they have it too

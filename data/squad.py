@@ -64,8 +64,8 @@ def encode_questions(
 ) -> Windows:
     """Windows over each context that share `stride` tokens.
 
-    A window without the whole answer is labelled as having none: [CLS]. Where all questions have one, none at all
-    means that it is unknown.
+    A window that lacks part of the answer is labelled as having none: [CLS]. Unless `unanswerable`, a question without
+    an answer counts as unlabelled.
     """
     tokens, segments, labels, questions, offsets, contexts, answers, known = ([] for _ in range(8))
     room = max(8, max_length // 2)  # tokens of a question: a context needs some room beside it

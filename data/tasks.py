@@ -226,7 +226,7 @@ class Number(Kind):
     name = "number"
     metrics = ("pearson", "spearman")
     problem_type = "regression"
-    # Of the labels: a head learns what is left of them, and is saved with both in its weights
+    # Of train's labels: a head learns standardised labels, and the weights that are saved undo that
     mean, deviation = 0.0, 1.0
 
     def number_labels(self, labels: dict[str, list], names: list[str] | None) -> dict[str, np.ndarray]:

@@ -37,8 +37,8 @@ class Published(NamedTuple):
     source: str
 
 
-ELECTRA = "Clark et al. 2020; its flops_computation.py, which counts a backward as one forward, times 1.5"
-RELEASED = f"{ELECTRA}, embeddings as look-ups or as products; an estimate: 4M steps"
+ELECTRA = "Clark et al. 2020; 1.5 x the FLOPs of its flops_computation.py, where a backward counts as one forward"
+RELEASED = f"{ELECTRA}; range: embeddings as look-ups or as products; an estimate: 4M steps"
 FROM_MEMORY = "an estimate: tokens and size of the generator from memory"
 TOKENS = "6 x parameters without embeddings x tokens, generators included"
 PUBLISHED = {
@@ -292,7 +292,8 @@ def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 def published_table() -> str:
     """What pareto.png is drawn from."""
-    lines = ["# What the picture of published encoders is drawn from", "", "Written by records/leaderboard.py.", ""]
+    lines = ["# Published encoders, as drawn in figures/pareto.png", "", "Written by records/leaderboard.py."]
+    lines += ["Scores are percentages on the dev sets; FLOPs count a backward as two forwards.", ""]
     lines += [
         "| encoder | parameters (M) | pretraining FLOPs | MNLI-m | GLUE mean | source |",
         "|---|---|---|---|---|---|",

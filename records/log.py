@@ -230,7 +230,7 @@ class RunLog:
             self.wandb_run.log({name: value for name, value in metrics.items() if name != "step"}, step=metrics["step"])
 
     def ends(self) -> dict[str, list]:
-        """How long each file is, with its hash: where cut_log finds back to. Flushed to disk, as a checkpoint is."""
+        """Length and hash of each file, to which cut_log can cut it back. Flushes both to disk, like a checkpoint."""
         for file in (self.file, self.metrics):
             os.fsync(file.fileno())
         return {name: end_of(self.directory.joinpath(name).read_bytes()) for name in LOG_FILES}
@@ -247,9 +247,9 @@ def seal(text: str, result: dict) -> str:
 
 
 def cut_log(run: Path, ends: dict[str, list]) -> bool:
-    """Cuts a run's log back to where it stood; what follows is moved to abandoned/, behind what lies there.
+    """Cuts a run's log back to where it stood at `ends`; what follows is appended to the files in abandoned/.
 
-    ends: RunLog.ends() of that time. {} cuts all, as do ends that do not match. Returns whether any is left.
+    ends: from RunLog.ends(). Where they are {} or do not match, all is cut. Returns whether they matched.
     """
     found = {name: path.read_bytes() if (path := run / name).exists() else b"" for name in LOG_FILES}
     begins = bool(ends) and all(ends[name] == end_of(found[name][: ends[name][0]]) for name in LOG_FILES)
