@@ -91,6 +91,7 @@ def test_the_sample_is_that_of_the_checkout_from_wherever_the_command_is_given(c
 
 
 def test_the_first_hour_on_a_machine_without_a_gpu(tmp_path):
+    """Two of its parts: the others take minutes each."""
     done = run_python("tests/first_hour.py", "--part", 1, "--part", 5, "--out", tmp_path / "hour")
     report = (tmp_path / "hour" / "report.md").read_text()
     assert done.returncode == 0, done.stdout
