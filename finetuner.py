@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -317,8 +318,8 @@ def load_pretrained(cls: type, base: Base, config: PretrainedConfig, whole: bool
         raise InputError(
             f"cannot load the weights of {base.name} ({first_line(error)}): give --train.base_model a finished model"
         ) from error
-    others = [*loading["missing_keys"], *loading["unexpected_keys"]]
-    if base.kbert and (others := sorted(key for key in others if key.startswith("encoder."))):
+    others = [*loading["missing_keys"], *loading["unexpected_keys"], *(key for key, *_ in loading["mismatched_keys"])]
+    if base.kbert and (others := sorted(key for key in others if re.match(r"(encoder\.)?(blocks|embed)\.", key))):
         raise InputError(
             f"{base.name} and this checkout differ in {others[0]}: it was trained by another model.py; "
             "finetune it with the checkout that trained it"

@@ -856,7 +856,7 @@ class Run:
             raise RunFinished("\n".join(said))
         checkpoint = find_checkpoint(train.resume, out, train.run_name, train.start_afresh) if train.resume else None
         if checkpoint:
-            checkpoint = checkpoint if checkpoint.parent.name else checkpoint.resolve()
+            checkpoint = Path(os.path.abspath(checkpoint))
             of = checkpoint.parent.parent
             if checkpoint.parent.name not in ("checkpoints", "abandoned"):
                 raise InputError(f"{checkpoint} is in no run's folder: copy it to logs/RUN/checkpoints of its run")

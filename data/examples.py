@@ -119,7 +119,10 @@ def kind_of(file: Path) -> str | None:
 
 
 def read_rows(files: list[Path]):
-    """Rows of files of one kind. A column has one type over the whole of a file, of JSON over its first 256 MB."""
+    """Rows of files of one kind. A column has one type over the whole of a file, of JSON over its first 256 MB.
+
+    Where csv files differ in it, it is text; those of other kinds must agree.
+    """
     from datasets import Dataset, disable_progress_bars, load_dataset, logging
 
     disable_progress_bars()
@@ -141,8 +144,9 @@ def read_rows(files: list[Path]):
         tables = [pd.read_csv(file, **how) for file in files]
         if any(set(table) != set(tables[0]) for table in tables):
             raise ValueError("their columns differ: " + " and ".join(", ".join(map(str, table)) for table in tables))
-        kinds_of = {name: {table[name].dtype.kind for table in tables} for name in tables[0]}
-        if words := {name: str for name, found in kinds_of.items() if len(found) > 1 and found - set("iuf")}:
+        types = {name: {table[name].dtype.name for table in tables} for name in tables[0]}
+        numbers = {"int64", "uint64", "float64"}
+        if words := {name: str for name, found in types.items() if len(found) > 1 and found - numbers}:
             tables = [pd.read_csv(file, dtype=words, **how) for file in files]  # which one file has as numbers
         return Dataset.from_pandas(pd.concat(tables), preserve_index=False)
     except Exception as error:  # pyarrow, pandas and datasets each raise their own
@@ -237,8 +241,18 @@ def read_labels(tables: dict, column: str, own: bool) -> dict[str, list]:
     return labels
 
 
-NUMERAL = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")  # not 007, 1_1 or inf, which float takes
-UNKNOWN = {"NA", "N/A", "n/a", "NULL", "null", "None"}  # a missing one among numbers, a class like others among words
+# Not 007, 1_1 or inf, which float takes
+NUMERAL = re.compile(r"\s*[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
+UNKNOWN = {
+    "NA",
+    "N/A",
+    "n/a",
+    "NULL",
+    "null",
+    "None",
+    "nan",
+    "NaN",
+}  # a missing one among numbers, a class like others among words
 
 
 def tidy_labels(labels: dict[str, list]) -> dict[str, list]:

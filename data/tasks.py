@@ -557,7 +557,7 @@ def hold_out(splits: dict[str, Split], validation: str | None, classes: bool) ->
     if not len(held):
         raise InputError("train has a row of each class, and none can be held out to choose by: write more")
     splits |= {"train": train.only(rest), HELD_OUT: train.only(held)}
-    return [f"no validation split: {splits[HELD_OUT].examples} examples of train are held out for it"]
+    return [f"no labelled validation split: {splits[HELD_OUT].examples} examples of train are held out for it"]
 
 
 def choose_dev(splits: dict[str, Split], validation: str | None) -> str:

@@ -108,6 +108,11 @@ def test_a_checkpoint_outside_its_run_is_refused(corpus, whole, tmp_path, monkey
     with pytest.raises(InputError, match="is in no run's folder: copy it to logs/RUN/checkpoints"):
         main(flags(corpus, tmp_path, "none", SHORT, "--train.resume", "backup/step-000004"))
     assert sorted(tmp_path.rglob("*")) == before
+    shutil.copytree(whole, tmp_path / "logs" / "run")
+    shutil.rmtree(tmp_path / "logs" / "run" / "model")
+    monkeypatch.chdir(tmp_path / "logs" / "run" / "checkpoints")
+    main(flags(corpus, "nowhere", "run", SHORT, "--train.run_name none --train.resume ../checkpoints/step-000004"))
+    assert_same_model(tmp_path / "logs" / "run", whole)
 
 
 # --- one log

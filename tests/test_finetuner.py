@@ -675,6 +675,10 @@ def test_a_column_has_one_type_over_the_whole_file(tmp_path, tokenizer):
     assert read("long.jsonl", long).kind.name == "number"
     quoted = [json.dumps({"text": "good", "label": label}) for label in ["4.5", "3.0"] * 10]
     assert read("quoted.jsonl", quoted).kind.name == "number"
+    for labels in ([".5", "NA", "1.5"], ["4.5", "nan"], ["1.5", " 2"]):
+        assert (
+            read("spelled.jsonl", [json.dumps({"text": "good", "label": x}) for x in labels * 10]).kind.name == "number"
+        )
     for classes in (["01", "1"], ["1_1", "1_2"], ["007", "inf"]):
         named = [json.dumps({"text": "good", "label": label}) for label in classes * 10]
         assert read("named.jsonl", named).kind.classes == classes
@@ -714,6 +718,7 @@ def test_what_is_beside_a_split_is_not_read(tmp_path):
     with pytest.raises(InputError, match="train_000001.csv.*their columns differ: text, label and text, stars"):
         read_files(tmp_path)
     (tmp_path / "train_000001.csv").write_text("label,text\nNA,bad\n")  # in another order, and of another type
+    read_files(tmp_path)
     train = read_files(tmp_path)["train"]
     assert list(zip(train["text"], read_labels({"train": train}, "label", own=True)["train"])) == [
         ("good", 1),
@@ -1384,6 +1389,12 @@ def test_a_model_of_another_model_py_is_refused(base, films, tmp_path):
     message = "differ in encoder.blocks.1.attention.qk_bias: it was trained by another model.py"
     with pytest.raises(InputError, match=message):
         go(str(older), tmp_path, data_dataset=films)
+    for name, tensor in (("skip_lambda", torch.zeros(())), ("mlp.gate_up.weight", torch.zeros(8, 8))):
+        name = f"encoder.blocks.1.{name}"
+        weights = {**load_file(Path(base) / "model.safetensors"), name: tensor}
+        save_file(weights, older / "model.safetensors", {"format": "pt"})
+        with pytest.raises(InputError, match=f"differ in {name}"):
+            go(str(older), tmp_path / name, data_dataset=films)
 
 
 def test_data_that_is_not_there_is_told_on_every_rank(base, tmp_path):

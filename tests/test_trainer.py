@@ -46,7 +46,6 @@ from hub_stand_in import Hub
 from model import KBERTConfig
 from objectives import compile_rows, draw_masks, mask_count
 from records.log import LOG_LINE, MASKED_LAST_LAYER, WHOLE_LAST_LAYER, Work, log_line, peak_flops, read_log
-from records.verify import check_run
 from trainer import (
     PRESETS,
     DataConfig,
@@ -492,8 +491,7 @@ def test_ranks_look_for_signals_every_ten_seconds(seconds, minutes, asked):
 def test_a_run_by_the_clock_ends_when_its_time_is_up(corpus, tmp_path):
     main(flags(corpus, tmp_path, "clock", "--train.max_minutes", "0.03"))
     last = lines(tmp_path / "clock")[-1]
-    assert last["steps"] == "-" and int(last["train_time"]) >= 1800 and last["val_loss"]
-    assert not list(check_run(read_log(tmp_path / "clock" / "log.txt")))  # not long after
+    assert last["steps"] == "-" and 1800 <= int(last["train_time"]) < 1800 + 5000 and last["val_loss"]
 
 
 def test_batch_and_window_schedules_run(corpus, tmp_path):
