@@ -12,6 +12,8 @@ from pathlib import Path
 
 # Before torch is imported: threads that spin make a shared machine 20 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Where nothing answers: tests that need the Hub have a stand-in
+os.environ.setdefault("HF_ENDPOINT", "http://127.0.0.1:9")
 # Where there is a GPU, tests/test_gpu.py alone is for it: the others compare bits, which a CPU repeats.
 if "PYTEST_XDIST_WORKER" not in os.environ and not any("test_gpu" in argument for argument in sys.argv):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
