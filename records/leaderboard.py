@@ -39,6 +39,7 @@ class Published(NamedTuple):
 
 ELECTRA = "Clark et al. 2020; 1.5 x the FLOPs of its flops_computation.py, where a backward counts as one forward"
 RELEASED = f"{ELECTRA}; range: embeddings as look-ups or as products; an estimate: 4M steps"
+ISSUES = "(its repository's issues 44 and 39)"
 FROM_MEMORY = "an estimate: tokens and size of the generator from memory"
 TOKENS = "6 x parameters without embeddings x tokens, generators included"
 PUBLISHED = {
@@ -48,7 +49,9 @@ PUBLISHED = {
     "RoBERTa-base": Published(1.3e21, 1.3e21, 125, 87.6, 86.4, f"Liu et al. 2019; {TOKENS}"),
     "ELECTRA-small, paper": Published(2.1e18, 2.1e18, 14, None, 79.9, ELECTRA),
     "ELECTRA-base, paper": Published(9.6e19, 9.6e19, 110, None, 85.1, ELECTRA),
-    "ELECTRA-small": Published(4.1e19, 5.3e19, 14, 81.3, 81.1, f"{RELEASED} of 128 x 512 tokens, generator as wide"),
+    "ELECTRA-small": Published(
+        4.1e19, 5.3e19, 14, 81.3, 81.1, f"{RELEASED} of 128 x 512 tokens, generator as wide {ISSUES}"
+    ),
     "ELECTRA-base": Published(3.5e20, 5e20, 110, 88.8, 87.5, f"{RELEASED} (from memory) of 256 x 512 tokens"),
     "COCO-LM base++": Published(1.2e21, 1.6e21, 110, 90.2, 88.6, f"Meng et al. 2021; {TOKENS}; {FROM_MEMORY}"),
     "AMOS base++": Published(1.2e21, 1.8e21, 110, 90.5, 89.4, f"Meng et al. 2022; {TOKENS}; {FROM_MEMORY}"),
@@ -293,7 +296,7 @@ def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 def published_table() -> str:
     """What pareto.png is drawn from."""
     lines = ["# Published encoders, as drawn in figures/pareto.png", "", "Written by records/leaderboard.py."]
-    lines += ["Scores are percentages on the dev sets; FLOPs count a backward as two forwards.", ""]
+    lines += ["Scores are percentages, as the sources give them; FLOPs count a backward as two forwards.", ""]
     lines += [
         "| encoder | parameters (M) | pretraining FLOPs | MNLI-m | GLUE mean | source |",
         "|---|---|---|---|---|---|",
