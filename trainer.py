@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import huggingface_hub
 import numpy as np
@@ -229,6 +229,8 @@ PRESETS["babylm"] = {  # micro's model and rates, found on runs a hundredth as l
 class Parser(ArgumentParser):
     """Says what is wrong with a flag in one line, and exits with 2."""
 
+    never_none: tuple[str, ...] = ()  # dotted names of settings that always have a value
+
     def error(self, message: str, ex: Exception | None = None) -> None:
         said = re.sub(r'^Parser key "(.+?)":', r"--\1:", " ".join(str(message).split()))
         self.exit(2, f"error: {said} (--help lists every setting)\n")
@@ -262,6 +264,7 @@ def make_parser(description: str, groups: dict[str, type]) -> Parser:
             switch = {"nargs": "?", "const": True} if kind is bool else {}
             said = f"{field.metadata['help']} [{field.default}]".replace("%", "%%")
             name = f"--{group}.{field.name}"
+            parser.never_none += () if type(None) in get_args(kind) else (name,)
             box.add_argument(name, type=kind, default=field.default, metavar="X", help=said, **switch)
     return parser
 
@@ -282,7 +285,10 @@ def parse_flags(parser: Parser, argv: list[str], named: dict[str, dict[str, dict
         parser.error(f"--config: {error}")
     for flag, choices in named.items():
         parser.set_defaults(choices[given.get(flag) or parser.get_default(flag)])
-    settings = plain(parser.parse_args(argv).as_dict())
+    parsed = parser.parse_args(argv)
+    if empty := [name for name in parser.never_none if parsed[name.removeprefix("--")] is None]:  # which YAML may leave
+        parser.error(f"{empty[0]} has no value")
+    settings = plain(parsed.as_dict())
     del settings["config"]
     return settings, {name for name, _ in given.items()}
 

@@ -187,6 +187,13 @@ def test_flags_that_mean_nothing_are_refused_in_one_line(bad, capsys):
     assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and bad[0] in said
 
 
+def test_a_setting_that_a_config_leaves_empty_is_named(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("train:\n  max_minutes:\n  mask_rate_end:\n")
+    with pytest.raises(SystemExit):
+        settings_of("--config", str(tmp_path / "config.yaml"))
+    assert "error: --train.mask_rate_end has no value" in capsys.readouterr().err
+
+
 def test_help_names_units_and_defaults(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
