@@ -119,9 +119,9 @@ def kind_of(file: Path) -> str | None:
 
 
 def read_rows(files: list[Path]):
-    """Rows of files of one kind. A column has one type over the whole of a file, of JSON over its first 256 MB.
+    """Rows of files of one kind. A csv's column has one type over the whole file, and is text where files differ in it.
 
-    Where csv files differ in it, it is text; those of other kinds must agree.
+    A column of JSON has the type of its first 10 MB; what comes later and does not fit is an error.
     """
     from datasets import Dataset, disable_progress_bars, load_dataset, logging
 
@@ -135,9 +135,7 @@ def read_rows(files: list[Path]):
             raise InputError(f"{file} is empty: write rows to it or take it away")
     try:
         if READERS[kinds[0]] != "csv":
-            whole = {"chunksize": 2**28} if READERS[kinds[0]] == "json" else {}
-            paths = [str(file) for file in files]
-            return load_dataset(READERS[kinds[0]], data_files=paths, split="train", **whole)
+            return load_dataset(READERS[kinds[0]], data_files=[str(file) for file in files], split="train")
         how = {"keep_default_na": False, "na_values": MISSING, "low_memory": False}
         if kinds == [".tsv"]:
             how |= {"delimiter": "\t"} | ({} if quotes_close(files) else {"quoting": csv.QUOTE_NONE})
