@@ -241,16 +241,8 @@ def read_labels(tables: dict, column: str, own: bool) -> dict[str, list]:
 
 # Not 007, 1_1 or inf, which float takes
 NUMERAL = re.compile(r"\s*[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
-UNKNOWN = {
-    "NA",
-    "N/A",
-    "n/a",
-    "NULL",
-    "null",
-    "None",
-    "nan",
-    "NaN",
-}  # a missing one among numbers, a class like others among words
+# A missing one among numbers, a class like others among words
+UNKNOWN = {"NA", "N/A", "n/a", "NULL", "null", "None", "nan", "NaN"}
 
 
 def tidy_labels(labels: dict[str, list]) -> dict[str, list]:
