@@ -874,8 +874,7 @@ class TaskRuns:
 
     def train(self, start: str, cell: FinetuneConfig, settings: dict, label: str) -> None:
         data, process = self.data, self.process
-        if data.trains:
-            data.kind.prepare(data.splits["train"])
+        data.kind.prepare(data.splits.get("train"))
         self.load(build_model(self.base, data.kind, cell.seed, start == "random weights", cell.pooling))
         if data.trains:
             said, predictions = Training(self.net, data, cell, process, self.log, label).run()

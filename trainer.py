@@ -264,7 +264,7 @@ def make_parser(description: str, groups: dict[str, type]) -> Parser:
             switch = {"nargs": "?", "const": True} if kind is bool else {}
             said = f"{field.metadata['help']} [{field.default}]".replace("%", "%%")
             name = f"--{group}.{field.name}"
-            parser.never_none += () if type(None) in get_args(kind) else (name,)
+            parser.never_none += () if type(None) in get_args(kind) else (f"{group}.{field.name}",)
             box.add_argument(name, type=kind, default=field.default, metavar="X", help=said, **switch)
     return parser
 
@@ -286,8 +286,8 @@ def parse_flags(parser: Parser, argv: list[str], named: dict[str, dict[str, dict
     for flag, choices in named.items():
         parser.set_defaults(choices[given.get(flag) or parser.get_default(flag)])
     parsed = parser.parse_args(argv)
-    if empty := [name for name in parser.never_none if parsed[name.removeprefix("--")] is None]:  # which YAML may leave
-        parser.error(f"{empty[0]} has no value")
+    if empty := [name for name in parser.never_none if parsed[name] is None]:  # which YAML may leave
+        parser.error(f"--{empty[0]} has no value")
     settings = plain(parsed.as_dict())
     del settings["config"]
     return settings, {name for name, _ in given.items()}
@@ -610,7 +610,7 @@ def find_checkpoint(resume: str, out: Path, run_name: str | None, start_afresh: 
             )
         return Path(resume)
     runs = [out / run_name] if run_name else [run for run in out.glob("*") if not is_finished(run)]
-    saved = [checkpoints_of(run) for run in runs if checkpoints_of(run)]
+    saved = [found for run in runs if (found := checkpoints_of(run))]
     newest = max(saved, key=lambda checkpoints: checkpoints[-1].stat().st_mtime, default=[])
     for checkpoint in reversed(newest):
         wrong = damage_of(checkpoint)

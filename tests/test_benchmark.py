@@ -37,7 +37,7 @@ def test_a_step_is_measured_beside_the_reference_in_each_shape(corpus, tmp_path)
 def test_a_profile_accounts_for_the_whole_step(corpus, tmp_path):
     shares = benchmark(corpus, tmp_path, "--profile")["shares"]
     assert {"matrix products", "attention", "elementwise", "optimizer"} <= set(shares)
-    assert 0.99 < sum(shares.values()) < 0.1 + torch.get_num_threads()  # beyond 1 where threads work at once
+    assert 0.99 < sum(shares.values()) < 1.5  # beyond 1 where two threads work at once
 
 
 def test_the_padded_forward_is_measured_in_every_cell(corpus, tmp_path):

@@ -374,11 +374,12 @@ def test_ranks_share_one_and_the_same_training(corpus, finished, tmp_path, ranks
         assert losses(tmp_path / "ranks", kind) == pytest.approx(losses(finished, kind), abs=0.01)
 
 
-def test_the_same_weights_validate_to_the_same_loss_on_any_ranks(corpus, finished, tmp_path):
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_same_weights_validate_to_the_same_loss_on_any_ranks(corpus, finished, tmp_path, ranks):
     """Those of the last checkpoint, on the test set: what a log says of a validation is not asked again."""
     shutil.copytree(finished, tmp_path / "copy")
     checkpoint = tmp_path / "copy" / "checkpoints" / "step-000020"
-    result = run_python("trainer.py", *flags(corpus, tmp_path, "copy", "--train.resume", checkpoint), processes=3)
+    result = run_python("trainer.py", *flags(corpus, tmp_path, "copy", "--train.resume", checkpoint), processes=ranks)
     assert result.returncode == 0, result.stderr
     alone, together = (read_log(run).named("result", "test_loss") for run in (finished, tmp_path / "copy"))
     assert together == pytest.approx(alone, abs=1e-4) and losses(tmp_path / "copy", "val_loss")[20]
@@ -460,7 +461,8 @@ def test_uploads_are_waited_for_when_the_other_ranks_are_gone(tmp_path, capsys, 
     assert ("--train.resume auto" in capsys.readouterr().out) != finished
 
 
-def test_a_signal_saves_once_and_exits(corpus, tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_once_and_exits(corpus, tmp_path, number, code):
     arguments = flags(corpus, tmp_path, "term", "--train.steps 100_000 --train.save_every 0")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, "trainer.py", *arguments], cwd=ROOT, text=True, **pipes)
@@ -469,11 +471,11 @@ def test_a_signal_saves_once_and_exits(corpus, tmp_path):
         while not (log.exists() and "step:7/" in log.read_text()):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         said, wrong = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 0 and "Traceback" not in wrong
+    assert process.returncode == code and "Traceback" not in wrong
     last = int(lines(tmp_path / "term")[-1]["step"])
     assert said.endswith(f"\nstopped at step {last}; continue with --train.resume auto\n") and last >= 7
     (checkpoint,) = (tmp_path / "term" / "checkpoints").iterdir()
@@ -498,7 +500,7 @@ def test_ranks_look_for_signals_every_ten_seconds(seconds, minutes, asked):
 def test_a_run_by_the_clock_ends_when_its_time_is_up(corpus, tmp_path):
     main(flags(corpus, tmp_path, "clock", "--train.max_minutes", "0.03"))
     last = lines(tmp_path / "clock")[-1]
-    assert last["steps"] == "-" and 1800 <= int(last["train_time"]) < 1800 + 5000 and last["val_loss"]
+    assert last["steps"] == "-" and 1800 <= int(last["train_time"]) < 1800 + 2000 and last["val_loss"]
 
 
 def test_batch_and_window_schedules_run(corpus, tmp_path):
@@ -1007,17 +1009,18 @@ def test_what_compiles_before_the_clock_moves_nothing(corpus, tmp_path, monkeypa
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in run.objective.network.state_dict().items())
 
 
-def test_no_hub_token_is_said_before_training(hub, corpus, tmp_path):
-    hub.broken = "whoami"
-    with pytest.raises(InputError, match="hf auth login"):
-        main(flags(corpus, tmp_path, "bad", "--train.hf_model_name me/tiny"))
+def test_no_hub_token_is_said_before_training(corpus, tmp_path):
+    with Hub() as hub:
+        environment = {**hub.environment(tmp_path), "HF_TOKEN": ""}
+        hub.broken = "whoami"
+        said = failure(corpus, tmp_path, "--train.hf_model_name me/tiny", processes=2, env=environment)
+        assert "hf auth login" in said
     assert not list(tmp_path.glob("bad/checkpoints/*"))
 
 
 def test_a_place_that_cannot_be_written_is_named(corpus, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file"):
-        main(flags(corpus, tmp_path, "bad", "--train.out", tmp_path / "file"))
+    assert "file" in failure(corpus, tmp_path, "--train.out", tmp_path / "file", processes=2)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(corpus, tmp_path):
