@@ -114,7 +114,9 @@ class FinetuneConfig:
     clip: PositiveFloat = option(
         1.0, "norm that gradients are clipped to (adamw; muon's steps have a size of their own)"
     )
-    pooling: Literal["mean", "cls"] = option("mean", "state to classify: the mean over tokens, or [CLS]'s (KBERT)")
+    pooling: Literal["mean", "cls"] = option(
+        "mean", "state to classify: the mean over tokens, or [CLS]'s (KBERT, ModernBERT)"
+    )
     trainable: Literal["all", "classifier", "last_2", "last_3"] = option(
         "all", "what is trained: all, the classifier alone, or also the last 2 or 3 layers"
     )
@@ -230,6 +232,11 @@ class Base:
     trusted: bool = False  # whether its own code may be run
 
     @property
+    def pools(self) -> bool:
+        """Whether --train.pooling chooses the state to classify, as a KBERT's and a ModernBERT's head lets it."""
+        return self.kbert or "classifier_pooling" in self.config
+
+    @property
     def title(self) -> str:
         """The Hub id, or the folder's name; for logs/RUN/model, RUN."""
         path = Path(self.name).resolve()
@@ -285,9 +292,8 @@ def open_base(name: str, max_length: int | None, trusted: bool = False) -> Base:
 def build_model(base: Base, kind: Kind, seed: int, random: bool = False, pooling: str | None = None) -> nn.Module:
     """The encoder under a new head; from random weights, its shape alone is kept."""
     torch.manual_seed(seed)
-    settings = kind.model_settings()
+    settings = kind.model_settings() | ({"classifier_pooling": pooling} if pooling and base.pools else {})
     if base.kbert:
-        settings |= {"classifier_pooling": pooling} if pooling else {}
         # The new head has labels of its own; auto_map may name the Hub repository that the base was loaded from
         dropped = ("auto_map", "architectures", "id2label", "label2id")
         kept = {name: value for name, value in base.config.items() if name not in dropped}
@@ -1215,6 +1221,7 @@ class Finetuner:
         machine = environment(self.process.device, self.process.world_size)
         settled, train = choose_rates(self.train, self.protocol, self.base.kbert), self.repeat["train"]
         train = {name: getattr(settled, name) for name in train} | {"base_model": self.base_name}
+        train["pooling"] = train["pooling"] if base.pools else None
         config = {**self.repeat, "train": train, "base_model": base.name}
         self.log.open(self.argv, config, machine, data, self.code)
         given = self.train.base_model or base is not self.base

@@ -40,10 +40,11 @@ class Published(NamedTuple):
 ELECTRA = "Clark et al. 2020; 1.5 x the FLOPs of its flops_computation.py, where a backward counts as one forward"
 RELEASED = f"{ELECTRA}; range: embeddings as look-ups or as products; an estimate: 4M steps"
 ISSUES = "(its repository's issues 44 and 39)"
+CRAMMED = "an estimate: at most an A6000's peak for a day, at least 40% of it"
 FROM_MEMORY = "an estimate: tokens and size of the generator from memory"
-TOKENS = "6 x parameters without embeddings x tokens, generators included"
+TOKENS = "6 x (parameters without embeddings, head at masked tokens) x tokens, and attention; with generators"
 PUBLISHED = {
-    "crammed BERT": Published(5e18, 5e18, 120, 83.9, 78.6, "Geiping and Goldstein 2022"),
+    "crammed BERT": Published(5e18, 1.3e19, 120, 83.9, 78.6, f"Geiping and Goldstein 2022; {CRAMMED}"),
     "BERT-base": Published(2e19, 9.6e19, 110, 85.4, 84.7, "Devlin et al. 2018; steps of 128 or of 512 tokens"),
     "MosaicBERT-base": Published(2.7e19, 2.7e19, 137, 85.6, 85.4, "Portes et al. 2023"),
     "RoBERTa-base": Published(1.3e21, 1.3e21, 125, 87.6, 86.4, f"Liu et al. 2019; {TOKENS}"),

@@ -1281,6 +1281,9 @@ def test_other_encoders_are_measured_the_same_way(films, tmp_path, name):
         tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     tokenizer.save_pretrained(folder)
     run = go(str(folder), tmp_path, data_dataset=films, data_text_pair="text_pair", train_trainable="last_2")
+    logged = read_log(run).sections["config"]["train"]["pooling"]
+    used = json.loads((run / "model" / "config.json").read_text()).get("classifier_pooling")
+    assert logged == used == {"bert": None, "modernbert": "mean"}[name]  # whose class has "cls" by default
     classify = pipeline("text-classification", model=str(run / "model"), device="cpu")
     rows = read_jsonl(Path(films) / "validation.jsonl")
     found = [classify({"text": row["text"], "text_pair": row["text_pair"]})["label"] for row in rows]

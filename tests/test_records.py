@@ -1032,6 +1032,7 @@ def test_baseline(corpus, tmp_path):
     assert list(check_run(log)) == [] and log.named("result", "flops_counted_by") == WHOLE_LAST_LAYER
     assert valid[6] < valid[0] and log.named("data", "validation", "masked_tokens") > 0
     assert set(log.hashes) == {*trainer.MODULES, "records/baseline/modernbert.py"}
+    assert json.loads((run / "model" / "config.json").read_text())["classifier_pooling"] == "mean"
     assert [(line["lr"] > 0, round(line["mask_rate"], 1)) for line in metrics_of(run)] == [(True, 0.3)] * 4
     assert all(series(log)[panel] for panel in ("loss", "lr", "mask", "rate"))
     # Its config.yaml repeats it, and what warms up before the clock starts moves no weight

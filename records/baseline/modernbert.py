@@ -6,6 +6,9 @@ It is trainer.py's run with another model, optimizer and step: the same data, sc
 and masks, checkpoints and resume too, so that records/submit.py takes it like any other. One process; bf16 autocast,
 sdpa, predictions at masked positions only.
 
+What differs from ModernBERT's own training: AdamW without clipping for StableAdamW, documents that see each other in
+training, a longer decay, no growing batches, and RoPE's base of 160,000 in global layers from the start.
+
 Its model FLOPs are those of KBERT of that shape, which has the same matrices, but for the d x d of its prediction head
 (not counted).
 
@@ -67,6 +70,7 @@ def make_model(config: KBERTConfig, max_length: int):
         global_attn_every_n_layers=config.global_attention_every,
         local_attention=config.local_attention_window,
         sparse_prediction=True,
+        classifier_pooling="mean",  # as the released models have it; the class's default is "cls"
         bos_token_id=config.cls_token_id,
         eos_token_id=config.sep_token_id,
         attn_implementation="sdpa",
