@@ -1174,6 +1174,7 @@ class Finetuner:
         torch.set_float32_matmul_precision("high")
         self.base_name = self.train.base_model or process.on_main(lambda: str(newest_run(self.out, preset)))
         self.base = self.open_base(self.base_name)
+        self.train = choose_rates(self.train, self.protocol, self.base.kbert)
         # For config.yaml: without the run's place, and without the grid's settings, which it would fix
         left_out = ("out", "run_name", "resume", *free_names(self.protocol, given))
         train = {name: value for name, value in settings["train"].items() if name not in left_out}
@@ -1219,9 +1220,8 @@ class Finetuner:
         weights = Path(base.name) / "model.safetensors"
         data = {"base_sha256": sha256_of(weights) if weights.exists() else None}
         machine = environment(self.process.device, self.process.world_size)
-        settled, train = choose_rates(self.train, self.protocol, self.base.kbert), self.repeat["train"]
-        train = {name: getattr(settled, name) for name in train} | {"base_model": self.base_name}
-        train["pooling"] = train["pooling"] if base.pools else None
+        train = {name: getattr(self.train, name) for name in self.repeat["train"]} | {"base_model": self.base_name}
+        train["pooling"] = self.train.pooling if base.pools else None
         config = {**self.repeat, "train": train, "base_model": base.name}
         self.log.open(self.argv, config, machine, data, self.code)
         given = self.train.base_model or base is not self.base
@@ -1230,8 +1230,7 @@ class Finetuner:
 
     def finetune(self, data: Data, base: Base, folder: Path, branch: str | None = None) -> dict:
         """One task, whose report it returns."""
-        train = choose_rates(self.train, self.protocol, base.kbert)
-        cells = grid_of(self.protocol, data.name, self.given, train)
+        cells = grid_of(self.protocol, data.name, self.given, self.train)
         cells = cells if data.trains else cells[:1]  # no setting changes what is not trained
         return TaskRuns(self.process, base, data, cells, folder, self.log, branch).run()
 
