@@ -324,19 +324,20 @@ def load_pretrained(cls: type, base: Base, config: PretrainedConfig, whole: bool
         raise InputError(
             f"cannot load the weights of {base.name} ({first_line(error)}): give --train.base_model a finished model"
         ) from error
-    others = [*loading["missing_keys"], *loading["unexpected_keys"], *(key for key, *_ in loading["mismatched_keys"])]
+    missing = sorted(loading["missing_keys"])
+    fresh = [*missing, *(key for key, *_ in loading["mismatched_keys"])]  # random, as nothing was loaded into them
+    others = [*fresh, *loading["unexpected_keys"]]
     if base.kbert and (others := sorted(key for key in others if re.match(r"(encoder\.)?(blocks|embed)\.", key))):
         raise InputError(
             f"{base.name} and this checkout differ in {others[0]}: it was trained by another model.py; "
             "finetune it with the checkout that trained it"
         )
     own = {key for key in model.state_dict() if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key}
-    if own and own <= set(loading["missing_keys"]):
+    if own and own <= set(missing):
         raise InputError(
             f"none of the weights of {base.name} has the name of one of {type(model).__name__}'s, such as {min(own)}: "
             "save it with save_pretrained, not as it was wrapped for training"
         )
-    fresh = [*sorted(loading["missing_keys"]), *(key for key, *_ in loading["mismatched_keys"])]
     if whole and fresh:
         raise InputError(
             f"{base.name} has no {fresh[0]}, which {cls.__name__} needs, and this task trains nothing: "
