@@ -358,7 +358,7 @@ def set_trainable(model: nn.Module, trainable: str) -> None:
             f"--train.trainable {trainable}: this encoder's layers are one and the same; use all or classifier"
         )
     encoder.requires_grad_(False)
-    for layer in layers[max(0, depth - trained) :] if trained else ():
+    for layer in layers[-trained:] if trained else ():
         layer.requires_grad_(True)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler.requires_grad_(True)
@@ -436,7 +436,8 @@ class Network:
             # Padded, all are as long as the longest, which is this one
             size = size + lengths[i] if self.kbert else (len(rows[-1]) + 1) * lengths[i]
             if rows[-1] and (size > most or len(rows[-1]) == self.row_examples):
-                rows, size = [*rows, []], lengths[i]
+                rows.append([])
+                size = lengths[i]
             rows[-1].append(i)
         return [np.array(row) for row in rows if row]
 
