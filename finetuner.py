@@ -451,17 +451,16 @@ class Network:
 
     def packed(self, split: Split, row: np.ndarray, batch_index: np.ndarray, batch: int) -> Tensor:
         lengths = split.lengths[row]
-        starts, total, longest = np.cumsum(lengths) - lengths, int(lengths.sum()), int(lengths.max())
+        total, longest = int(lengths.sum()), int(lengths.max())
         T = next(size for size in self.sizes if size >= total) if self.sizes else -(-total // 128) * 128
         input_ids = np.full(T, self.pad, dtype=np.int32)
         input_ids[:total] = np.concatenate([split.of(split.tokens, i) for i in row])
-        repeats = [*lengths, T - total]  # the padding is a document of its own
-        document_ids = np.repeat(np.arange(len(row) + 1, dtype=np.int32), repeats)
-        positions = np.arange(T, dtype=np.int32) - np.repeat(np.array([*starts, total], dtype=np.int32), repeats)
-        arrays = (input_ids, document_ids, positions)
-        input_ids, document_ids, positions = (to_device(x, self.device) for x in arrays)
-        wanted = self.kind.wanted(split, row)
-        wanted = None if wanted is None else to_device(starts + wanted, self.device)  # [n]
+        documents = [*lengths, T - total]  # the padding is one of its own
+        document_ids = np.repeat(np.arange(len(documents), dtype=np.int32), documents)
+        positions = np.concatenate([np.arange(length, dtype=np.int32) for length in documents])
+        input_ids, document_ids, positions = (to_device(x, self.device) for x in (input_ids, document_ids, positions))
+        if (wanted := self.kind.wanted(split, row)) is not None:
+            wanted = to_device(np.cumsum(lengths) - lengths + wanted, self.device)  # [n] from the row's start
         hidden = self.states(input_ids, document_ids, positions, longest, wanted)[:total]  # [tokens, d] or [n, d]
         places = (document_ids[:total].long(), positions[:total].long())
         return self.packed_logits(hidden, places, lengths, batch_index, batch)
