@@ -13,7 +13,7 @@ config.yaml (`--config` repeats the run). The same examples make up the same ste
 of ranks and however they are packed.
 
 Shapes: n examples of a row, T tokens of a row, S tokens of its longest example, B examples of a step, C classes,
-d hidden_size.
+d hidden_size, V vocabulary; [tokens]: those of a row without its padding.
 """
 
 from __future__ import annotations
@@ -442,8 +442,8 @@ class Network:
         return [np.array(row) for row in rows if row]
 
     def outputs(self, split: Split, row: np.ndarray, batch_index: np.ndarray, batch: int) -> Tensor:
-        """Logits of a row's examples: [n, C]; for spans, start and end [n, 2, S], -inf beyond an example's end; for
-        masked tokens [n, V].
+        """Logits of a row's examples: [n, C]; for spans, start and end [n, 2, S], -inf beyond an example's end; of
+        a masked token [n, V]; of a detector [n, S].
 
         batch_index [n]: where the row's examples stand among the B = `batch` of a step.
         """
@@ -495,7 +495,7 @@ class Network:
         return self.model.classify(whole)[index]
 
     def span_logits(self, hidden: Tensor, places: tuple, lengths: np.ndarray, *_) -> Tensor:
-        """hidden [T, d] -> [n, 2, S]."""
+        """hidden [tokens, d] -> [n, 2, S]."""
         both = torch.stack(self.model.span_logits(hidden), dim=-1)  # [tokens, 2]
         logits = hidden.new_full((len(lengths), int(lengths.max()), 2), -torch.inf, dtype=torch.float32)
         return logits.index_put(places, both).transpose(1, 2)
@@ -505,7 +505,7 @@ class Network:
         return self.model.logits(hidden)
 
     def detector_logits(self, hidden: Tensor, places: tuple, lengths: np.ndarray, *_) -> Tensor:
-        """hidden [T, d] -> [n, S]."""
+        """hidden [tokens, d] -> [n, S]."""
         logits = hidden.new_zeros((len(lengths), int(lengths.max())), dtype=torch.float32)
         return logits.index_put(places, self.model.logits(hidden))
 
