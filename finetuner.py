@@ -49,7 +49,7 @@ from data.blimp import Pairs
 from data.examples import MissingData, Split
 from data.tasks import GLUE, HELD_OUT, TASKS, Data, Kind, read_data
 from dataloading import InputError, first_line, read_json, sha256_of, to_device, write_json
-from model import KBERTConfig, compiled_backend, option
+from model import BLOCK, KBERTConfig, compiled_backend, option
 from objectives import compile_rows
 from optimizer import Optimizer
 from records.log import Clock, RunLog, environment, log_line, read_code
@@ -368,6 +368,11 @@ def set_trainable(model: nn.Module, trainable: str) -> None:
 # From examples to logits
 
 
+def row_size(tokens: int | np.ndarray) -> int | np.ndarray:
+    """Of a row of so many tokens, padded to whole blocks of attention."""
+    return -(-tokens // BLOCK) * BLOCK
+
+
 class Network:
     """A model and the way examples go through it: rows without padding for KBERT, padded batches for other encoders.
 
@@ -378,7 +383,7 @@ class Network:
         self.model, self.kbert, self.kind, self.device = model.to(device), base.kbert, kind, device
         self.max_length, self.pad = base.max_length, base.tokenizer.pad_token_id
         usual = 16384 if device.type == "cuda" else 4096
-        self.row_tokens = max(train.row_tokens or usual, -(-base.max_length // 128) * 128)
+        self.row_tokens = max(train.row_tokens or usual, row_size(base.max_length))
         # Each masked token has a logit per vocabulary entry: with more tokens, a CPU's memory is the bottleneck
         most = 128 if device.type == "cpu" else 2048
         self.row_examples = most if kind.head == "MaskedLM" else math.inf
@@ -394,14 +399,13 @@ class Network:
 
         longest: tokens that an example of any split has at most.
         """
-        self.max_length, rng = longest, np.random.default_rng(0)
-        tries = 200 if batch < len(lengths) else 1
+        self.max_length = longest
+        rng, tries = np.random.default_rng(0), 200 if batch < len(lengths) else 1
         batches = [rng.permutation(len(lengths))[:batch] for _ in range(tries)]
         rows = [row for chosen in batches for row in self.rows(lengths, chosen)]
-        tokens = -(-np.array([lengths[row].sum() for row in rows]) // 128) * 128
+        tokens = row_size(np.array([lengths[row].sum() for row in rows]))
         # A GPU predicts in full rows; a batch that exceeds every row tried is split
-        largest = self.row_tokens if self.flex else max(int(tokens.max()), longest)
-        largest = -(-largest // 128) * 128
+        largest = row_size(self.row_tokens if self.flex else max(int(tokens.max()), longest))
         small = min(set(tokens.tolist()), key=lambda size: np.where(tokens <= size, size, largest).sum())
         self.compiled_sizes = sorted({small, largest})
         self.encode = compile_rows(self.model.encoder.encode, self.model.encoder, compiled=True)
@@ -452,7 +456,7 @@ class Network:
     def packed(self, split: Split, row: np.ndarray, batch_index: np.ndarray, batch: int) -> Tensor:
         lengths = split.lengths[row]
         total, longest = int(lengths.sum()), int(lengths.max())
-        T = next(size for size in self.sizes if size >= total) if self.sizes else -(-total // 128) * 128
+        T = next(size for size in self.sizes if size >= total) if self.sizes else row_size(total)
         input_ids = np.full(T, self.pad, dtype=np.int32)
         input_ids[:total] = np.concatenate([split.of(split.tokens, i) for i in row])
         documents = [*lengths, T - total]  # the padding is one of its own
