@@ -822,25 +822,21 @@ model = AutoModelFor{{ head }}.from_pretrained("{{ title }}"{{ branch }}, trust_
 {% endif %}"""
 
 
+@dataclass
 class TaskRuns:
     """All runs of one task: run() trains every cell of the grid and keeps the model that scores best on dev."""
 
-    def __init__(
-        self,
-        process: Process,
-        base: Base,
-        data: Data,
-        cells: list[FinetuneConfig],
-        folder: Path,
-        log: RunLog | None,
-        branch: str | None,
-    ):
-        """branch: of the Hub's repository, where it is not main."""
-        self.branch = branch
-        self.process, self.base, self.data, self.cells = process, base, data, cells
-        self.folder, self.log, self.title = folder, log, cells[0].hf_model_name or folder.resolve().name
-        self.starts = ["pretrained", "random weights"] if cells[0].compare_random else ["pretrained"]
-        self.net = None
+    process: Process
+    base: Base
+    data: Data
+    cells: list[FinetuneConfig]
+    folder: Path
+    log: RunLog | None
+    branch: str | None  # of the Hub's repository, where it is not main
+
+    def __post_init__(self):
+        self.starts = ["pretrained", "random weights"] if self.cells[0].compare_random else ["pretrained"]
+        self.net: Network | None = None
 
     def run(self) -> dict:
         """Returns what metrics.json holds."""
@@ -993,6 +989,7 @@ class TaskRuns:
         from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
         base, kind, dataset = self.base, self.data.kind, Path(self.data.source)
+        title = self.cells[0].hf_model_name or self.folder.resolve().name
         common = {"task_type": kind.pipeline_tag, "dataset_name": self.data.name}
         common["dataset_type"] = dataset.name if dataset.exists() else self.data.source
         evaluations = []
@@ -1001,7 +998,7 @@ class TaskRuns:
                 said = {"dataset_split": split, "metric_type": metric, "metric_value": round(value, 5)}
                 evaluations.append(EvalResult(**common, **said))
         data = ModelCardData(
-            model_name=self.title,
+            model_name=title,
             library_name="transformers",
             license="mit" if base.kbert else None,
             tags=["finetuned"] * self.data.trains + ["kbert"] * base.kbert,
@@ -1010,7 +1007,7 @@ class TaskRuns:
             eval_results=evaluations,
         )
         settings = ", ".join(f"{name} {value}" for name, value in report["model"]["settings"].items())
-        said = {"title": self.title, "base": base.title, "head": kind.head, "settings": settings, "report": report}
+        said = {"title": title, "base": base.title, "head": kind.head, "settings": settings, "report": report}
         said["branch"] = f', revision="{self.branch}"' if self.branch else ""
         rows = flat_results(report["results"])
         card = ModelCard.from_template(data, template_str=MODEL_CARD, rows=rows, **said)
