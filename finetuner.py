@@ -992,11 +992,11 @@ class TaskRuns:
         title = self.cells[0].hf_model_name or self.folder.resolve().name
         common = {"task_type": kind.pipeline_tag, "dataset_name": self.data.name}
         common["dataset_type"] = dataset.name if dataset.exists() else self.data.source
-        evaluations = []
-        for split, metrics in report["model"]["metrics"].items():
-            for metric, value in metrics.items():
-                said = {"dataset_split": split, "metric_type": metric, "metric_value": round(value, 5)}
-                evaluations.append(EvalResult(**common, **said))
+        evaluations = [
+            EvalResult(**common, dataset_split=split, metric_type=metric, metric_value=round(value, 5))
+            for split, metrics in report["model"]["metrics"].items()
+            for metric, value in metrics.items()
+        ]
         data = ModelCardData(
             model_name=title,
             library_name="transformers",
