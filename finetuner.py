@@ -611,8 +611,7 @@ def judge(net: Network, data: Data, process: Process, log: RunLog | None, label:
     if log:
         line = log_line(0, 0, seconds, label, dev_score=score)
         log.step(line, True, run=label.strip(), step=0, seconds=seconds, dev_score=score)
-    said = {"score": score, "best_step": 0, "steps": 0, "seconds": seconds}
-    return {**said, "metrics": metrics}, predictions
+    return {"score": score, "best_step": 0, "steps": 0, "seconds": seconds, "metrics": metrics}, predictions
 
 
 def dev_score(metrics: dict[str, dict], data: Data) -> float:
@@ -728,9 +727,9 @@ class Training:
         score, seconds = dev_score(metrics, self.data), self.clock.seconds
         if train.patience is None:
             self.write_line(step, dev_score=score)
-        said = {"score": score, "best_step": self.best_step, "steps": step, "seconds": seconds}
-        said["examples_per_second"] = step * train.batch_size / max(seconds, 1e-9)
-        return {**said, "metrics": metrics}, predictions
+        summary = {"score": score, "best_step": self.best_step, "steps": step, "seconds": seconds}
+        summary |= {"examples_per_second": step * train.batch_size / max(seconds, 1e-9), "metrics": metrics}
+        return summary, predictions
 
     def train_step(self, step: int) -> None:
         """The step numbered `step`, from 1; its loss stays on the device until write_loss."""
@@ -884,10 +883,10 @@ class TaskRuns:
         data.kind.prepare(data.splits.get("train"))
         self.load(build_model(self.base, data.kind, cell.seed, start == "random weights", cell.pooling))
         if data.trains:
-            said, predictions = Training(self.net, data, cell, process, self.log, label).run()
+            summary, predictions = Training(self.net, data, cell, process, self.log, label).run()
         else:
-            said, predictions = judge(self.net, data, process, self.log, label)
-        run = {"start": start, "settings": settings, **said}
+            summary, predictions = judge(self.net, data, process, self.log, label)
+        run = {"start": start, "settings": settings, **summary}
         process.on_main(lambda: self.keep(run, predictions))
         self.done.append(run)
 
