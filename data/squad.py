@@ -70,8 +70,7 @@ def encode_questions(
     tokens, segments, labels, questions, offsets, contexts, answers, known = ([] for _ in range(8))
     room = max(8, max_length // 2)  # tokens of a question: a context needs some room beside it
     stride = min(stride, (max_length - room) // 2)
-    for number in range(len(rows)):
-        row = rows[number]
+    for number, row in enumerate(rows):
         question, context = (row[column] or "" for column in columns)
         question, given = question.strip(), row.get("answers")
         answer = read_answers(given)
@@ -100,17 +99,17 @@ def encode_questions(
         answers.append(list(answer["text"]))
     names = list(rows["id"]) if "id" in rows.column_names else list(map(str, range(len(rows))))
     return Windows(
-        np.concatenate(tokens),
-        np.concatenate(segments) if segments else None,
-        np.cumsum([len(ids) for ids in tokens]),
-        np.array(labels, dtype=np.int64),
-        np.array(known),
-        list(range(len(tokens))),
-        np.array(questions),
-        np.concatenate(offsets),
-        names,
-        contexts,
-        answers,
+        tokens=np.concatenate(tokens),
+        segments=np.concatenate(segments) if segments else None,
+        ends=np.cumsum([len(ids) for ids in tokens]),
+        labels=np.array(labels, dtype=np.int64),
+        known=np.array(known),
+        idx=list(range(len(tokens))),
+        question=np.array(questions),
+        offsets=np.concatenate(offsets),
+        names=names,
+        contexts=contexts,
+        answers=answers,
     )
 
 
