@@ -227,7 +227,6 @@ def measure_spans(
         known[:] = True
     texts = [answers[0]["text"] for answers in ranked]
     scores = np.array([answer_scores(text, answers) for text, answers in zip(texts, windows.answers)])  # [questions, 2]
-    more = {}
     if unanswerable:
         empty = np.array([answer_scores("", answers) for answers in windows.answers])
         if threshold is None:
@@ -235,5 +234,6 @@ def measure_spans(
         silent = difference > threshold
         scores = np.where(silent[:, None], empty, scores)
         texts = ["" if quiet else text for quiet, text in zip(silent, texts)]
-        more = {"null_threshold": threshold}
-    return {**dict(zip(("f1", "exact_match"), scores[known].mean(0).tolist())), **more}, list(zip(texts, ranked))
+    f1, exact_match = scores[known].mean(0).tolist()
+    metrics = {"f1": f1, "exact_match": exact_match} | ({"null_threshold": threshold} if unanswerable else {})
+    return metrics, list(zip(texts, ranked))
