@@ -197,28 +197,28 @@ def pack_source(args: argparse.Namespace, part: int, parts: int, tokenizer: dict
     prefix = args.prefix or ("fwedu" if source.get("dataset") == FINEWEB_EDU else "text")
     source |= {"prefix": prefix, "shard_size": args.shard_size, "max_tokens": args.max_tokens, "parts": parts}
     settings = {"format": 1, "tokenizer": tokenizer, "source": source, "split_rule": describe_split(*fractions)}
-    name = "manifest.json" if parts == 1 else f"manifest_part_{part}of{parts}.json"
+    manifest = args.out / ("manifest.json" if parts == 1 else f"manifest_part_{part}of{parts}.json")
+    if manifest.exists():
+        check_settings(manifest, read_json(manifest), settings)
+        print(f"{manifest}: done already")
+        return
 
-    if (args.out / name).exists():
-        check_settings(args.out / name, read_json(args.out / name), settings)
-        print(f"{args.out / name}: done already")
-    else:
-        writer = ShardWriter(args.out, prefix, args.shard_size, tokenizer["cls"], tokenizer["sep"], part, parts)
-        state_path = args.out / f"resume_{part}of{parts}.npz"
-        position = writer.restore(state_path, settings) if state_path.exists() else None
-        texts = in_background(read_texts(stream, sizes, args, part, parts, position))
-        max_tokens = None if args.max_tokens is None else args.max_tokens // parts
-        with contextlib.closing(texts):
-            encoded = encode(pool, args.out / "tokenizer", texts, ahead)
-            pack(encoded, writer, state_path, settings, fractions, max_tokens, sum(sizes) / parts)
-        for split in SPLITS:
-            writer.flush(split)
-        write_json(args.out / name, {**settings, "shards": dict(sorted(writer.shards.items()))})
-        for path in (state_path, state_path.with_suffix(".tmp")):
-            path.unlink(missing_ok=True)
-        for split, fraction in zip(("valid", "test"), fractions):
-            if fraction > 0 and not any(entry["split"] == split for entry in writer.shards.values()):
-                print(f"no document fell to {split}: pack more text, or raise --{split}_fraction", file=sys.stderr)
+    writer = ShardWriter(args.out, prefix, args.shard_size, tokenizer["cls"], tokenizer["sep"], part, parts)
+    state_path = args.out / f"resume_{part}of{parts}.npz"
+    position = writer.restore(state_path, settings) if state_path.exists() else None
+    texts = in_background(read_texts(stream, sizes, args, part, parts, position))
+    max_tokens = None if args.max_tokens is None else args.max_tokens // parts
+    with contextlib.closing(texts):
+        encoded = encode(pool, args.out / "tokenizer", texts, ahead)
+        pack(encoded, writer, state_path, settings, fractions, max_tokens, sum(sizes) / parts)
+    for split in SPLITS:
+        writer.flush(split)
+    write_json(manifest, {**settings, "shards": dict(sorted(writer.shards.items()))})
+    for path in (state_path, state_path.with_suffix(".tmp")):
+        path.unlink(missing_ok=True)
+    for split, fraction in zip(("valid", "test"), fractions):
+        if fraction > 0 and not any(entry["split"] == split for entry in writer.shards.values()):
+            print(f"no document fell to {split}: pack more text, or raise --{split}_fraction", file=sys.stderr)
 
 
 def main() -> None:
