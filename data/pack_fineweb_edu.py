@@ -105,16 +105,16 @@ class ShardWriter:
     def __init__(self, out: Path, prefix: str, shard_size: int, cls: int, sep: int, part: int = 0, parts: int = 1):
         self.out, self.prefix, self.shard_size = out, prefix, shard_size
         self.cls, self.sep, self.part, self.parts = cls, sep, part, parts
-        self.shards, self.pending, self.waiting = {}, {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0)
-        self.words = dict.fromkeys(SPLITS, 0)  # of what is pending
+        self.shards, self.pending = {}, {split: [] for split in SPLITS}
+        self.tokens, self.words = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)  # of what is pending
 
     def add(self, split: str, ids: np.ndarray, words: int) -> None:
         document = np.empty(len(ids) + 2, dtype="<u2")
         document[0], document[1:-1], document[-1] = self.cls, ids, self.sep
-        if self.waiting[split] and self.waiting[split] + len(document) > self.shard_size:
+        if self.tokens[split] and self.tokens[split] + len(document) > self.shard_size:
             self.flush(split)
         self.pending[split].append(document)
-        self.waiting[split] += len(document)
+        self.tokens[split] += len(document)
         self.words[split] += words
 
     def flush(self, split: str) -> None:
@@ -126,7 +126,7 @@ class ShardWriter:
         write_shard(path, tokens)
         counts = {"tokens": len(tokens), "documents": int((tokens == self.cls).sum()), "words": self.words[split]}
         self.shards[path.name] = {"split": split, **counts, "sha256": sha256_of(path)}
-        self.pending[split], self.waiting[split], self.words[split] = [], 0, 0
+        self.pending[split], self.tokens[split], self.words[split] = [], 0, 0
 
     def save(self, path: Path, settings: dict, position: list) -> None:
         """The state to resume from. Shards written after it are written again, with the same bytes."""
@@ -147,7 +147,7 @@ class ShardWriter:
             raise InputError(f"{path} was left by an earlier version: choose another --out, or delete that folder")
         self.shards, self.words = state["shards"], state["words"]
         for split in SPLITS:
-            self.pending[split], self.waiting[split] = [saved[split]] if len(saved[split]) else [], len(saved[split])
+            self.pending[split], self.tokens[split] = [saved[split]] if len(saved[split]) else [], len(saved[split])
         return state["position"]
 
 
@@ -159,7 +159,7 @@ def check_settings(path: Path, found: dict, wanted: dict) -> None:
 
 def pack(encoded, writer: ShardWriter, state_path: Path, settings: dict, fractions, max_tokens, size: float) -> None:
     """Moves documents from the stream to the writer; `size`: characters to come, for the estimate of the time left."""
-    tokens = sum(entry["tokens"] for entry in writer.shards.values()) + sum(writer.waiting.values())
+    tokens = sum(entry["tokens"] for entry in writer.shards.values()) + sum(writer.tokens.values())
     with tqdm(total=max_tokens, initial=tokens, unit="tok", unit_scale=True, desc="packing", mininterval=1) as bar:
         for texts, tokenized, position in encoded:
             shards_before, tokens_before = len(writer.shards), tokens
