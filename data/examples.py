@@ -100,7 +100,7 @@ def read_files(path: Path) -> dict:
     """
     files = collections.defaultdict(list)  # of each split
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if kind_of(file) and not file.name.startswith("."):
+        if suffix_of(file) and not file.name.startswith("."):
             split = PART.sub("", file.name.split(".")[0]) if path.is_dir() else "train"
             files[split].append(file)
     if not files:
@@ -111,11 +111,11 @@ def read_files(path: Path) -> dict:
     return {split: read_rows(paths) for split, paths in files.items()}
 
 
-def kind_of(file: Path) -> str | None:
-    """The suffix that says how to read it, before that of a compression."""
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    last = [suffix for suffix in suffixes if suffix not in (".gz", ".bz2", ".xz", ".zip", ".zst")][-1:]
-    return last[0] if last and last[0] in READERS else None
+def suffix_of(file: Path) -> str | None:
+    """The suffix that says how to read it, before that of a compression; None: there is no such one."""
+    packed = (".gz", ".bz2", ".xz", ".zip", ".zst")
+    last = next((suffix for suffix in map(str.lower, reversed(file.suffixes)) if suffix not in packed), None)
+    return last if last in READERS else None
 
 
 def read_rows(files: list[Path]):
@@ -127,17 +127,17 @@ def read_rows(files: list[Path]):
 
     disable_progress_bars()
     logging.set_verbosity(logging.CRITICAL)  # what it logs of a file that it cannot read is said below
-    names, kinds = ", ".join(map(str, files)), sorted({str(kind_of(file)) for file in files})
-    if len(kinds) > 1:
-        raise InputError(f"{names} are one split in files of two kinds: take {' or '.join(kinds)} away")
+    names, suffixes = ", ".join(map(str, files)), sorted({suffix_of(file) for file in files})
+    if len(suffixes) > 1:
+        raise InputError(f"{names} are one split in files of two kinds: take {' or '.join(suffixes)} away")
     for file in files:
         if not file.stat().st_size:
             raise InputError(f"{file} is empty: write rows to it or take it away")
     try:
-        if READERS[kinds[0]] != "csv":
-            return load_dataset(READERS[kinds[0]], data_files=[str(file) for file in files], split="train")
+        if (reader := READERS[suffixes[0]]) != "csv":
+            return load_dataset(reader, data_files=[str(file) for file in files], split="train")
         how = {"keep_default_na": False, "na_values": MISSING, "low_memory": False}
-        if kinds == [".tsv"]:
+        if suffixes == [".tsv"]:
             how |= {"delimiter": "\t"} | ({} if quotes_close(files) else {"quoting": csv.QUOTE_NONE})
         tables = [pd.read_csv(file, **how) for file in files]
         if any(set(table) != set(tables[0]) for table in tables):

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.examples import READERS, kind_of, read_rows, tidy_labels
+from data.examples import READERS, read_rows, suffix_of, tidy_labels
 from data.train_tokenizer import bring_tokenizer, reading
 from dataloading import LABEL_END, NO_LABEL, InputError, run_script, sha256_of, write_json, write_shard
 
@@ -44,7 +44,7 @@ def open_splits(args: argparse.Namespace):
     if empty := [split for split in files if not files[split]]:
         missing = ", ".join(empty)
         raise InputError(f"no file matches --files {missing}=...: write SPLIT=GLOB, such as train='reviews/*.csv'")
-    if unknown := [str(path) for paths in files.values() for path in paths if not kind_of(path)]:
+    if unknown := [str(path) for paths in files.values() for path in paths if not suffix_of(path)]:
         raise InputError(f"--files {unknown[0]} is none of {', '.join(READERS)}: convert it, or name another")
     splits = {split: read_rows(paths) for split, paths in files.items()}
     return splits, {"files": {split: [path.name for path in paths] for split, paths in files.items()}}
