@@ -168,7 +168,7 @@ def quotes_close(paths: list[Path]) -> bool:
     return True
 
 
-def read_hub(name: str, config: str | None, diagnostic: str | None) -> dict:
+def read_hub(name: str, config: str | None = None, diagnostic: str | None = None) -> dict:
     """{split: rows}. diagnostic: a configuration whose test split is one more split, of this name."""
     from datasets import load_dataset
 

@@ -83,8 +83,8 @@ class Kind:
 
     def read_hub(self, name: str) -> dict:
         """{split: rows} of a set on the Hub."""
-        task = self.task
-        return read_hub(name, *((task.config, task.diagnostic) if name == task.dataset else (None, None)))
+        own = name != self.task.dataset
+        return read_hub(name) if own else read_hub(name, self.task.config, self.task.diagnostic)
 
     def number_labels(self, labels: dict[str, list], names: list[str] | None) -> dict[str, np.ndarray]:
         """names: of the classes, where the data has them."""
@@ -506,8 +506,8 @@ def check_splits(kind: Kind, found: dict) -> None:
 def choose_columns(kind: Kind, tables: dict) -> list[str]:
     """The column of the text, or those of the text and its pair."""
     check_splits(kind, tables)
-    given, theirs = (kind.settings.text, kind.settings.text_pair), (*kind.task.columns, None)
-    columns = [column for column in (own or usual for own, usual in zip(given, theirs)) if column]
+    text, pair = (*kind.task.columns, None)[:2]
+    columns = [column for column in (kind.settings.text or text, kind.settings.text_pair or pair) if column]
     label = kind.label_column or kind.settings.label
     for split, rows in tables.items():
         check_columns(split, rows, columns + ([label] if split in kind.required_splits else []))
