@@ -261,6 +261,21 @@ def newest_run(out: Path, preset: str) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
+def mnli_model(out: Path, base: str) -> str:
+    """model/ of the newest finished MNLI run from the same base model."""
+    found = []
+    for path in [*out.glob("*/metrics.json"), *out.glob("*/mnli/metrics.json")]:
+        report = read_json(path)
+        if (report.get("task"), report.get("base_model")) == ("mnli", base):
+            found.append(path)
+    if not found:
+        raise InputError(
+            f"this protocol starts from the MNLI model of {base}, and {out}/ has none: "
+            "run finetuner.py --task mnli first, with the same --train.base_model"
+        )
+    return str(max(found, key=lambda path: path.stat().st_mtime).parent / "model")
+
+
 def open_base(name: str, max_length: int | None, trusted: bool = False) -> Base:
     try:
         config, _ = PretrainedConfig.get_config_dict(name)
@@ -1101,21 +1116,6 @@ def glue_scores(results: dict[str, dict]) -> dict[str, float | None]:
 def glue_row(title: str, scores: dict[str, float | None]) -> str:
     cells = [title, *("-" if value is None else f"{value:.1f}" for value in scores.values())]
     return "\n".join(f"| {' | '.join(line)} |" for line in (["model", *scores], ["---"] * len(cells), cells))
-
-
-def mnli_model(out: Path, base: str) -> str:
-    """model/ of the newest finished MNLI run from the same base model."""
-    found = []
-    for path in [*out.glob("*/metrics.json"), *out.glob("*/mnli/metrics.json")]:
-        report = read_json(path)
-        if (report.get("task"), report.get("base_model")) == ("mnli", base):
-            found.append(path)
-    if not found:
-        raise InputError(
-            f"this protocol starts from the MNLI model of {base}, and {out}/ has none: "
-            "run finetuner.py --task mnli first, with the same --train.base_model"
-        )
-    return str(max(found, key=lambda path: path.stat().st_mtime).parent / "model")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
