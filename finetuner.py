@@ -73,7 +73,7 @@ from trainer import (
     write_settings,
 )
 
-# What a log carries
+# Whose code a log carries
 MODULES = (*TRAINER_MODULES, "finetuner.py", "data/examples.py", "data/squad.py", "data/blimp.py", "data/tasks.py")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,6 +277,7 @@ def mnli_model(out: Path, base: str) -> str:
 
 
 def open_base(name: str, max_length: int | None, trusted: bool = False) -> Base:
+    """Without its weights. max_length: tokens of an example, within what the model takes; None: 512 at most."""
     try:
         config, _ = PretrainedConfig.get_config_dict(name)
         if not config:
@@ -916,12 +917,12 @@ class TaskRuns:
     def compile(self) -> None:
         """On a CPU only for long training: at the micro shape, graphs pay off from some 2 million tokens on."""
         splits, first = self.data.splits, self.cells[0]
-        judged = splits["train" if self.data.trains else self.data.dev].lengths
-        tokens = judged.sum() * sum(cell.epochs for cell in self.cells) * len(self.starts) * self.data.trains
+        lengths = splits["train" if self.data.trains else self.data.dev].lengths
+        tokens = lengths.sum() * sum(cell.epochs for cell in self.cells) * len(self.starts) * self.data.trains
         pays = self.net.flex or tokens >= COMPILE_FROM
         if first.compile and self.net.kbert and pays and why_eager(self.process.device) is None:
-            batch = -(-first.batch_size // self.process.world_size) if self.data.trains else len(judged)
-            self.net.compile(judged, batch, max(int(split.lengths.max()) for split in splits.values()))
+            batch = -(-first.batch_size // self.process.world_size) if self.data.trains else len(lengths)
+            self.net.compile(lengths, batch, max(int(split.lengths.max()) for split in splits.values()))
 
     def keep(self, run: dict, predictions: dict) -> None:
         others = [other["score"] for other in self.done if other["start"] == run["start"]]
