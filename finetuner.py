@@ -755,7 +755,6 @@ class Training:
             self.order = np.random.default_rng([train.seed, epoch]).permutation(self.examples)
         batch = self.order[number * train.batch_size : (number + 1) * train.batch_size]
         batch = batch[np.argsort(lengths[batch], kind="stable")]  # so that ranks get equal work
-        index = {int(i): at for at, i in enumerate(batch)}
         factor = lr_factor(step / (self.steps + 1), train)
         self.lr = train.lr * factor
         net.train(True)
@@ -764,7 +763,8 @@ class Training:
             # Other encoders draw dropout in their own code, which must differ between rows
             seeds = [train.seed, step - 1] + ([] if net.kbert else [process.rank, part])
             torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
-            row_loss = net.loss(self.split, row, np.array([index[int(i)] for i in row]), len(batch))
+            batch_index = (row[:, None] == batch).argmax(1)  # [n]
+            row_loss = net.loss(self.split, row, batch_index, len(batch))
             row_loss.backward()
             loss += row_loss.detach()
         self.update(factor)
