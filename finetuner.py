@@ -381,7 +381,7 @@ def set_trainable(model: nn.Module, trainable: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From examples to logits
+# From examples to logits, and to scores
 
 
 def row_size(tokens: int | np.ndarray) -> int | np.ndarray:
@@ -616,21 +616,8 @@ def evaluate(
     return metrics, predictions
 
 
-def judge(net: Network, data: Data, process: Process, log: RunLog | None, label: str) -> tuple[dict, dict]:
-    """A run of a task that trains nothing: returns what Training.run does, and leaves one line in the log."""
-    net.warm_up(training=False)
-    clock = Clock(process.device)
-    clock.start()
-    metrics, predictions = evaluate(net, data, data.labelled, process)
-    clock.stop()
-    score, seconds = dev_score(metrics, data), clock.seconds
-    if log:
-        line = log_line(0, 0, seconds, label, dev_score=score)
-        log.step(line, True, run=label.strip(), step=0, seconds=seconds, dev_score=score)
-    return {"score": score, "best_step": 0, "steps": 0, "seconds": seconds, "metrics": metrics}, predictions
-
-
 def dev_score(metrics: dict[str, dict], data: Data) -> float:
+    """What runs are chosen by: the mean of the task's metrics on dev."""
     return statistics.fmean(metrics[data.dev][name] for name in data.kind.metrics)
 
 
@@ -803,6 +790,20 @@ class Training:
         line = log_line(step, self.steps, seconds, self.label, epoch=step / self.per_epoch, **values)
         run = self.label.strip()
         self.log.step(line, "dev_score" in values, run=run, step=step, seconds=seconds, **values)
+
+
+def judge(net: Network, data: Data, process: Process, log: RunLog | None, label: str) -> tuple[dict, dict]:
+    """A run of a task that trains nothing: returns what Training.run does, and leaves one line in the log."""
+    net.warm_up(training=False)
+    clock = Clock(process.device)
+    clock.start()
+    metrics, predictions = evaluate(net, data, data.labelled, process)
+    clock.stop()
+    score, seconds = dev_score(metrics, data), clock.seconds
+    if log:
+        line = log_line(0, 0, seconds, label, dev_score=score)
+        log.step(line, True, run=label.strip(), step=0, seconds=seconds, dev_score=score)
+    return {"score": score, "best_step": 0, "steps": 0, "seconds": seconds, "metrics": metrics}, predictions
 
 
 # ---------------------------------------------------------------------------------------------------------------------
