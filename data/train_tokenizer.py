@@ -300,6 +300,10 @@ def train_tokenizer(batches, vocab_size: int, out: Path) -> None:
 
 
 def training_texts(batches, fractions: tuple[float, float], fraction: float, max_characters: int):
+    """Yields lists of the texts to learn from: the share `fraction` of train, until max_characters of it are read.
+
+    fractions: of the documents, the shares of valid and test.
+    """
     characters = 0
     with tqdm(total=max_characters, unit="char", unit_scale=True, desc="reading", mininterval=1) as bar:
         for texts, _ in batches:
