@@ -40,7 +40,7 @@ def open_splits(args: argparse.Namespace):
         return splits, {"dataset": args.dataset, "name": name, "revision": revision}
     files = collections.defaultdict(list)
     for split, _, pattern in (item.partition("=") for item in args.files):
-        files[split] += sorted(map(Path, glob.glob(pattern)))
+        files[split] += sorted(map(Path, glob.glob(pattern, recursive=True)))
     if empty := [split for split in files if not files[split]]:
         missing = ", ".join(empty)
         raise InputError(f"no file matches --files {missing}=...: write SPLIT=GLOB, such as train='reviews/*.csv'")
@@ -86,6 +86,8 @@ def main() -> None:
     columns = [args.text] if args.text_pair == "none" else [args.text, args.text_pair]
     splits, source = open_splits(args)
     for split, rows in splits.items():
+        if not len(rows):
+            raise InputError(f"split {split} has no rows: write some or take it away")
         if missing := set(columns + [args.label]) - set(rows.column_names):
             raise InputError(
                 f"{split} has no column {', '.join(sorted(missing))}: choose --text, --text_pair and --label "
@@ -102,11 +104,9 @@ def main() -> None:
         tokens, sep = [], [tokenizer["sep"]]
         for start in tqdm(range(0, len(rows), 1000), unit="batch", desc=split):
             batch = rows[start : start + 1000]
-            texts = [
-                backend.encode_batch_fast([text or "" for text in batch[column]], add_special_tokens=False)
-                for column in columns
-            ]
-            for i, parts in enumerate(zip(*texts), start):
+            texts = (["" if text is None else str(text) for text in batch[column]] for column in columns)
+            encoded = [backend.encode_batch_fast(column, add_special_tokens=False) for column in texts]
+            for i, parts in enumerate(zip(*encoded), start):
                 tokens += [tokenizer["cls"], labels[split][i], LABEL_END]
                 tokens += [token for part in parts for token in part.ids + sep]
         path = args.out / f"{args.prefix}_{split}_000000.bin"

@@ -231,7 +231,7 @@ def bring_tokenizer(name: str, out: Path, max_vocab_size: int = MAX_VOCAB_SIZE):
     if "tokenizer.json" not in files:
         raise InputError(f"{name} has no tokenizer.json: choose a tokenizer that was saved in the fast format")
     with reading(f"the tokenizer {name}"):
-        tokenizer = AutoTokenizer.from_pretrained(files["tokenizer.json"].parent)
+        tokenizer = AutoTokenizer.from_pretrained(files["tokenizer.json"].parent, trust_remote_code=False)
     if len(tokenizer) > max_vocab_size:
         size = f"a vocabulary of {len(tokenizer):,} entries"
         raise InputError(f"{name} has {size}: shards (uint16) hold {max_vocab_size:,}")

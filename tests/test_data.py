@@ -14,6 +14,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -589,3 +590,19 @@ def test_labelled_set(tmp_path, tokenizer, kind):
     twice = [f"train={tmp_path / split}.{kind}" for split in ("train", "validation")]
     succeed("pack_mnli.py", "--files", *twice, *columns, "--tokenizer", tokenizer, "--out", out / "twice", env=offline)
     assert read_shard(out / "twice" / "mnli_train_000000.bin").tolist() == 2 * expected
+
+
+def test_labelled_set_of_numbers_by_a_models_tokenizer(tmp_path, tokenizer):
+    """Numbers are texts like any other, and a model's folder is a tokenizer's, whose own code is not asked for."""
+    model = tmp_path / "model"
+    shutil.copytree(tokenizer, model)
+    auto_map = {"AutoConfig": "model.KBERTConfig", "AutoModel": "model.KBERTModel"}
+    (model / "config.json").write_text(json.dumps({"model_type": "kbert", "auto_map": auto_map}))
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / "a.csv").write_text("a,label\n0,0\n17,1\n")
+    (tmp_path / "empty.csv").write_text("a,label\n")
+    options = ["--text", "a", "--text_pair", "none", "--tokenizer", model, "--out", tmp_path / "out"]
+    assert "split train has no rows" in error_of("pack_mnli.py", "--files", f"train={tmp_path}/empty.csv", *options)
+    succeed("pack_mnli.py", "--files", f"train={tmp_path}/**/a.csv", *options)
+    tokens = read_shard(tmp_path / "out" / "mnli_train_000000.bin").tolist()
+    assert tokens.count(65535) == 2 and len(tokens) > 8  # [CLS] label 65535 [SEP] twice, and the numbers
