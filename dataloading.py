@@ -188,7 +188,8 @@ def find_windows(tokens: np.ndarray, max_length: int, cls: int, sep: int) -> tup
     cls_at = np.concatenate([[-1], *found]).astype(np.int64)
     start = cls_at + 1
     end = np.append(cls_at[1:], len(tokens))
-    end -= (end > start) & (tokens[np.maximum(end - 1, 0)] == sep) if len(tokens) else 0
+    filled = end > start  # with anything behind [CLS]: not so in an empty shard
+    end[filled] -= tokens[end[filled] - 1] == sep
     length = end - start  # [documents]
 
     pieces = -(-length // (max_length - 2))
