@@ -442,27 +442,27 @@ class Loader:
             torch.cuda.set_device(self.device)  # a thread begins on GPU 0, whatever its rank
         index = self.first_index
         while True:
-            rounds = [stream.next_row() or [] for _ in range(self.world_size)]
-            if not any(rounds):
+            rows = [stream.next_row() or [] for _ in range(self.world_size)]
+            if not any(rows):
                 return
             state = {"index": index + self.world_size, **stream.state}
-            yield self._build(index + self.rank, rounds, stream, state)
+            yield self._build(index + self.rank, rows, stream, state)
             index += self.world_size
 
-    def _build(self, index: int, rounds: list[list], stream: RowStream, state: dict) -> Row:
-        windows, size, tokens = rounds[self.rank], self.row_tokens, stream.tokens
+    def _build(self, index: int, rows: list[list[tuple]], stream: RowStream, state: dict) -> Row:
+        """rows: the windows of each row of the round."""
+        windows, size, tokens = rows[self.rank], self.row_tokens, stream.tokens
         for shard in {shard for shard, _, _ in windows}:
             check_size(stream.shards[shard], tokens[shard])
         input_ids = np.full(size, self.specials["pad"], dtype=np.int32)
         offsets = np.full(size, -1, dtype=np.int64)
         at = 0
         for shard, start, length in windows:
-            input_ids[at] = self.specials["cls"]
-            input_ids[at + 1 : at + 1 + length] = tokens[shard][start : start + length]
-            input_ids[at + 1 + length] = self.specials["sep"]
-            first = self.shard_starts[shard] + start
-            offsets[at + 1 : at + 1 + length] = np.arange(first, first + length)
-            at += length + 2
+            place = slice(at + 1, at + 1 + length)
+            input_ids[at], input_ids[place.stop] = self.specials["cls"], self.specials["sep"]
+            input_ids[place] = tokens[shard][start : start + length]
+            offsets[place] = self.shard_starts[shard] + start + np.arange(length)
+            at = place.stop + 1
         if input_ids.max() >= self.specials["vocab_size"]:  # changed since its shard was opened
             for shard, start, length in windows:
                 check_vocabulary(
@@ -479,8 +479,8 @@ class Loader:
             to_device(positions, self.device),
             to_device(offsets >= 0, self.device),
             offsets,
-            round_text=[sum(length for _, _, length in row) for row in rounds],
-            round_lengths=np.array([length + 2 for row in rounds for _, _, length in row], dtype=np.int64),
+            round_text=[sum(length for _, _, length in row) for row in rows],
+            round_lengths=np.array([length + 2 for row in rows for _, _, length in row], dtype=np.int64),
             state=state,
         )
 
