@@ -93,10 +93,10 @@ class Group:
     def reduce(self) -> None:
         """Starts summing gradients over ranks. A parameter that took no part has none: zero."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        gradients = [gradient.reshape(-1, *self.row) for gradient in gradients]
-        stack = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
-        padding = self.share * self.world_size - self.rows
-        self.stack = torch.cat([stack, stack.new_zeros(padding, *self.row)]) if padding else stack
+        parts = [gradient.reshape(-1, *self.row) for gradient in gradients]
+        if padding := self.share * self.world_size - self.rows:
+            parts.append(parts[0].new_zeros(padding, *self.row))
+        self.stack = parts[0] if len(parts) == 1 else torch.cat(parts)
         self.gradient, self.pending = self.stack, None
         if self.world_size > 1:
             self.gradient = self.stack.new_empty(self.share, *self.row)
