@@ -78,17 +78,15 @@ class Group:
         """multiplier: what the parameters are stored divided by."""
         self.multiplier = multiplier
         self.name, self.parameters, self.row, self.rank, self.world_size = name, parameters, row, rank, world_size
-        self.rows = sum(p.numel() for p in parameters) // math.prod(row)
+        sizes = [p.numel() for p in parameters]
+        self.rows = sum(sizes) // math.prod(row)
         self.share = -(-self.rows // world_size)  # rows of each rank, padding included
         self.state: dict[str, Tensor] = {}  # name -> [share, ...]
         device = parameters[0].device
         self.rates = torch.empty(2, device=device)  # learning rate and decay
         self.weights = torch.zeros(self.share * world_size, *row, device=device)
-        at = 0
-        for p in parameters:  # becomes a view, so that one call updates all of them
-            view = self.weights.view(-1)[at : at + p.numel()].view(p.shape)
-            p.data = view.copy_(p.data)
-            at += p.numel()
+        for p, place in zip(parameters, self.weights.view(-1)[: sum(sizes)].split(sizes)):
+            p.data = place.view_as(p).copy_(p.data)  # a view, so that one call updates all of them
 
     def reduce(self) -> None:
         """Starts summing gradients over ranks. A parameter that took no part has none: zero."""
