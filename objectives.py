@@ -3,7 +3,8 @@
     mlm   MaskedLM                 which words were masked (Devlin et al. 2018, "BERT")
     rtd   ReplacedTokenDetection   which words a small generator has replaced (Clark et al. 2020, "ELECTRA")
 
-An objective is one class; a third would be one more with the same methods. What it draws at random follows from the
+An objective is one class; a third would be one more with the same methods and networks: `network` is all that is
+trained, `model` what is kept of it, `masked_lm` what fills in masked words. What it draws at random follows from the
 seed and the number of the row, so that the same rows make the same step on any number of ranks.
 
 Shapes: T tokens in a row, N masked positions, V vocabulary.
