@@ -746,14 +746,20 @@ def warm_up(objective: MaskedLM | ReplacedTokenDetection, train: TrainConfig, ro
 
     With as many masked positions as the run will ever have, so that a row which fits here fits throughout.
     """
-    config, token = objective.model.config, torch.arange(row_tokens, device=objective.model.device, dtype=torch.int32)
-    ids, text = token * 31 % config.vocab_size, torch.ones_like(token, dtype=torch.bool)
-    nowhere = np.full(row_tokens, -1)
-    row = Row(0, ids, token // max_length, token % max_length, text, nowhere, [row_tokens], nowhere, {})
-    most, full = mask_count(max(mask_rate(0, train), mask_rate(1, train)), row_tokens), config.local_attention_window
-    windows = sorted({local_window(permille / 1000, train, full) for permille in range(1001)})
+    config = objective.model.config
+    token = torch.arange(row_tokens, device=objective.model.device, dtype=torch.int32)
+    row = Row(
+        index=0,
+        input_ids=token * 31 % config.vocab_size,
+        document_ids=token // max_length,
+        positions=token % max_length,
+        text=torch.ones_like(token, dtype=torch.bool),
+        **dict.fromkeys(("offsets", "round_text", "round_lengths", "state")),  # no loss reads them
+    )
+    most = mask_count(max(mask_rate(0, train), mask_rate(1, train)), row_tokens)
+    windows = sorted({local_window(permille / 1000, train, config.local_attention_window) for permille in range(1001)})
     for window in [*windows, windows[-1]]:  # twice at least: from the second row on, gradients take memory already
-        objective.loss(row, most, window, 1, 1)[0].backward()
+        objective.loss(row, most, window, targets=1, text=1)[0].backward()
 
 
 def candidate_rows(train: TrainConfig, process: Process) -> list[int]:
