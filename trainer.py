@@ -263,9 +263,10 @@ def make_parser(description: str, groups: dict[str, type]) -> Parser:
             kind = annotations[field.name]
             switch = {"nargs": "?", "const": True} if kind is bool else {}
             said = f"{field.metadata['help']} [{field.default}]".replace("%", "%%")
-            name = f"--{group}.{field.name}"
-            parser.never_none += () if type(None) in get_args(kind) else (f"{group}.{field.name}",)
-            box.add_argument(name, type=kind, default=field.default, metavar="X", help=said, **switch)
+            name = f"{group}.{field.name}"
+            if type(None) not in get_args(kind):
+                parser.never_none += (name,)
+            box.add_argument(f"--{name}", type=kind, default=field.default, metavar="X", help=said, **switch)
     return parser
 
 
