@@ -843,6 +843,7 @@ class Run:
 
     def open_folder(self) -> None:
         """Where the run lives, which checkpoint it continues, and where else it reports to."""
+        self.hub = HubPusher(self.train.hf_model_name, self.train.hub_minutes) if self.train.hf_model_name else None
         self.checkpoint, self.folder, self.saved = self.process.on_main(self.claim_folder)
         if self.saved and self.train.row_tokens is None:  # what fits may differ here: the rows must not
             self.train.row_tokens = self.saved["identity"]["row_tokens"]
@@ -853,7 +854,6 @@ class Run:
             except ImportError as error:
                 raise InputError("--train.wandb_project needs the package wandb: run `pip install wandb`") from error
             self.wandb = wandb
-        self.hub = HubPusher(self.train.hf_model_name, self.train.hub_minutes) if self.train.hf_model_name else None
         if self.hub:
             self.process.on_main(self.open_hub)
 
@@ -863,9 +863,8 @@ class Run:
         folder = out / (train.run_name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{self.preset}")
         if train.resume == "auto" and is_finished(folder):
             said = [f"{folder} is finished: to train on, give --train.resume one of its checkpoints"]
-            if train.hf_model_name:
-                hub = HubPusher(train.hf_model_name, train.hub_minutes)
-                said += [hub.command(path, path.name) for path in unpushed(folder)]
+            if self.hub:
+                said += [self.hub.command(path, path.name) for path in unpushed(folder)]
             raise RunFinished("\n".join(said))
         checkpoint = find_checkpoint(train.resume, out, train.run_name, train.start_afresh) if train.resume else None
         if checkpoint:
