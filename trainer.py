@@ -664,7 +664,7 @@ class HubPusher:
         """Checks token and name before training starts. Raises InputError."""
         self.api = huggingface_hub.HfApi()
         try:
-            self.limit()
+            self.set_timeout()
             self.api.whoami()
             self.api.create_repo(self.name, exist_ok=True)
         except Exception as error:  # whatever the Hub or the network has to say
@@ -673,7 +673,7 @@ class HubPusher:
                 "run `hf auth login` with a token that may write there, or drop --train.hf_model_name"
             ) from error
 
-    def limit(self) -> None:
+    def set_timeout(self) -> None:
         """By default, the client waits forever for an answer."""
         huggingface_hub.get_session().timeout = 60 * self.minutes
 
@@ -682,15 +682,15 @@ class HubPusher:
         self.pending.append((folder, revision, self.api.run_as_future(self.upload, folder, revision)))
 
     def upload(self, folder: Path, revision: str) -> None:
-        self.limit()
-        target = {"repo_id": self.name, "revision": revision, "commit_message": f"KBERT {revision}"}
+        self.set_timeout()
         if revision != "main":
             self.api.create_branch(self.name, branch=revision, exist_ok=True)
-        waits = folder.parent.name == TO_PUSH
-        if waits and not folder.exists():  # it went already: a resumed run may push a folder twice
+        is_copy = folder.parent.name == TO_PUSH
+        if is_copy and not folder.exists():  # it went already: a resumed run may push a folder twice
             return
-        self.api.upload_folder(folder_path=folder, **target)
-        if waits:
+        said = f"KBERT {revision}"
+        self.api.upload_folder(repo_id=self.name, folder_path=folder, revision=revision, commit_message=said)
+        if is_copy:
             shutil.rmtree(folder, ignore_errors=True)
 
     def finish(self) -> None:
@@ -700,14 +700,14 @@ class HubPusher:
                 future.result()
             except Exception as error:
                 said = f"warning: pushing {folder} to {self.name} failed ({self.why(error)})"
-                print(f"{said}\n{self.command(folder, revision)}")
+                print(f"{said}\n{self.how_to_push(folder, revision)}")
         self.pending.clear()
 
     def why(self, error: Exception) -> str:
         silent = "Timeout" in type(error).__name__
         return f"no answer for the {self.minutes:g} minutes of --train.hub_minutes" if silent else first_line(error)
 
-    def command(self, folder: Path, revision: str) -> str:
+    def how_to_push(self, folder: Path, revision: str) -> str:
         command = shlex.join(["hf", "upload", self.name, str(folder), ".", "--revision", revision])
         return f"not pushed, kept on disk; push it later with:  {command}"
 
@@ -864,7 +864,7 @@ class Run:
         if train.resume == "auto" and is_finished(folder):
             said = [f"{folder} is finished: to train on, give --train.resume one of its checkpoints"]
             if self.hub:
-                said += [self.hub.command(path, path.name) for path in unpushed(folder)]
+                said += [self.hub.how_to_push(path, path.name) for path in unpushed(folder)]
             raise RunFinished("\n".join(said))
         checkpoint = find_checkpoint(train.resume, out, train.run_name, train.start_afresh) if train.resume else None
         if checkpoint:
