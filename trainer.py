@@ -869,15 +869,15 @@ class Run:
         checkpoint = find_checkpoint(train.resume, out, train.run_name, train.start_afresh) if train.resume else None
         if checkpoint:
             checkpoint = Path(os.path.abspath(checkpoint))
-            of = checkpoint.parent.parent
+            run = checkpoint.parent.parent
             if checkpoint.parent.name not in ("checkpoints", "abandoned"):
                 raise InputError(f"{checkpoint} is in no run's folder: copy it to logs/RUN/checkpoints of its run")
-            if train.run_name and folder.resolve() != of.resolve():
+            if train.run_name and folder.resolve() != run.resolve():
                 raise InputError(
-                    f"{checkpoint} is of the run {of.name}, not of {train.run_name}: leave out --train.run_name, "
-                    f"or copy {of} to {folder} and resume from there"
+                    f"{checkpoint} is of the run {run.name}, not of {train.run_name}: leave out --train.run_name, "
+                    f"or copy {run} to {folder} and resume from there"
                 )
-            folder = of
+            folder = run
         elif (folder / "log.txt").exists() and (folder / "log.txt").stat().st_size > 0:
             if train.resume != "auto":
                 raise InputError(
@@ -887,7 +887,8 @@ class Run:
             print(f"{folder} has no checkpoint to resume: starting afresh; its log goes to {folder / 'abandoned'}")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "log.txt").touch()  # says now, not in an hour, that this place cannot be written
-        return checkpoint, folder, json.loads((checkpoint / "state.json").read_text()) if checkpoint else None
+        saved = json.loads((checkpoint / "state.json").read_text()) if checkpoint else None
+        return checkpoint, folder, saved
 
     def open_hub(self) -> None:
         """Also pushes what a killed run left."""
