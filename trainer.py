@@ -1029,12 +1029,12 @@ class Run:
         before, now = self.saved["config"], json.loads(json.dumps(self.resolved()))
         of_this_start = ("resume", "start_afresh", "out", "run_name")
         ranks, saved_by = self.process.world_size, self.saved.get("world_size", self.process.world_size)
-        return [f"ranks: {ranks}, before: {saved_by}"] * (ranks != saved_by) + [
-            f"{group}.{name}: {value}, before: {before[group].get(name)}"
-            for group in ("data", "train")
-            for name, value in now[group].items()
-            if name not in of_this_start and value != before[group].get(name)
-        ]
+        changed = [] if ranks == saved_by else [f"ranks: {ranks}, before: {saved_by}"]
+        for group in ("data", "train"):
+            for name, value in now[group].items():
+                if name not in of_this_start and value != before[group].get(name):
+                    changed.append(f"{group}.{name}: {value}, before: {before[group].get(name)}")
+        return changed
 
     def write_head(self) -> None:
         """config.yaml, and what the log says before its first line."""
