@@ -1043,8 +1043,9 @@ class Run:
         for name in ("run_name", "resume", "start_afresh"):
             del repeat["train"][name]
         write_settings(self.folder, repeat)
-        measured = {"peak_flops": self.peak, "compiled": self.compiled}
-        measured["compile_seconds"] = round(self.compile_seconds, 2)
+        machine = environment(process.device, process.world_size)
+        machine |= {"peak_flops": self.peak, "compiled": self.compiled}
+        machine["compile_seconds"] = round(self.compile_seconds, 2)
         data = {
             "hash": data_hash(self.manifest),
             "tokenizer": self.manifest["tokenizer"]["sha256"],
@@ -1052,8 +1053,7 @@ class Run:
             "validation": self.validation,
             "text": {"tokens": self.epoch_text, "words_per_token": self.words_per_token},  # of an epoch
         }
-        machine = environment(process.device, process.world_size)
-        self.log.open(self.argv, self.resolved(), {**machine, **measured}, data, self.code)
+        self.log.open(self.argv, self.resolved(), machine, data, self.code)
         embedding = sum(m.weight.numel() for m in self.objective.model.modules() if isinstance(m, nn.Embedding))
         self.log.section(
             "run",
