@@ -970,9 +970,9 @@ class Run:
         self.validated, self.validated_step = state["validated"], state["validated_step"]
 
     def loader_of(self, split: str, process: Process, **more) -> Loader:
-        size, longest = self.row_tokens, self.data.max_length
-        more |= {"verify": self.data.verify, **vars(process)}
-        return Loader(self.directory, self.manifest, split, size, longest, **more)
+        """process: whose rows, and to which device. more: as Loader takes it."""
+        sizes = self.row_tokens, self.data.max_length
+        return Loader(self.directory, self.manifest, split, *sizes, verify=self.data.verify, **vars(process), **more)
 
     def validation_loader(self, split: str, process: Process) -> Loader:
         """The first valid_tokens of a split, in the order on disk."""
