@@ -1164,14 +1164,14 @@ class Run:
         """Fetches the losses since the last line, stops at one that is not finite, writes the last."""
         if not self.unread:
             return
-        names, measured = self.objective.measures, torch.stack([measures for _, measures, _ in self.unread])
-        measured = np.reshape(self.process.sum(*measured.flatten().tolist()), (-1, len(names))).tolist()
+        parts = torch.stack([measures for _, measures, _ in self.unread])  # [steps, measures]: this rank's
+        measured = np.reshape(self.process.sum(*parts.flatten().tolist()), parts.shape).tolist()
         for (loss, *_), (step, _, metrics) in zip(measured, self.unread):
             if not math.isfinite(loss):
                 muon, embedding = metrics["lr"], self.train.embed_lr * metrics["lr_factor"]
                 rates = f"learning rates {muon:.4g} (muon) and {embedding:.4g} (embedding)"
                 raise self.not_finite(f"the loss of step {step} is {loss}, at {rates}, rows {metrics['rows']}")
-        measures = dict(zip(names, measured[-1]))
+        measures = dict(zip(self.objective.measures, measured[-1]))
         self.write_line(**measures, **self.unread[-1][2], data_wait_seconds=self.data_wait)
         self.unread.clear()
 
