@@ -728,7 +728,7 @@ def model_config(specials: dict, max_length: int, values: dict) -> KBERTConfig:
 def make_objective(config: KBERTConfig, train: TrainConfig, max_length: int) -> MaskedLM | ReplacedTokenDetection:
     if train.objective == "mlm":
         return MaskedLM(config, train.seed, max_length)
-    if train.generator_layers is None:
+    if train.generator_layers is None:  # settled in the settings, so that log, config.yaml and checkpoints say it
         train.generator_layers = -(-config.num_hidden_layers // 2)
     return ReplacedTokenDetection(config, train.seed, max_length, train.generator_layers, train.detection_weight)
 
@@ -1092,7 +1092,8 @@ class Run:
             if (save_due or stopped) and self.step > self.resumed_step:
                 self.clock.stop()
                 self.save(push=not stopped and not train.save_words)
-            if finished and self.work.text >= self.text_limit:  # which lies a step below what was asked for
+            # The limit leaves room for one more step: a run that it ends may stay just short of the last of save_words
+            if finished and self.work.text >= self.text_limit:
                 self.save_at_words(self.words, self.words / 0.95)
             if finished or stopped:
                 break
