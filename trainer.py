@@ -1279,9 +1279,9 @@ class Run:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(folder.with_name(folder.name + ".tmp"), ignore_errors=True)
             said = f"{folder} cannot be written ({first_line(error)}): make room on that disk"
-            if not checkpoints_of(self.folder):
+            if not (saved := checkpoints_of(self.folder)):
                 raise InputError(said) from error
-            print(f"warning: {said}; {checkpoints_of(self.folder)[-1]} stands", file=sys.stderr)
+            print(f"warning: {said}; {saved[-1]} stands", file=sys.stderr)
             return
         for old in checkpoints_of(self.folder)[: -self.train.keep_checkpoints]:
             shutil.rmtree(old)
