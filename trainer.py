@@ -637,10 +637,6 @@ def set_aside_later(run: Path, step: int) -> list[Path]:
     return moved
 
 
-class RunFinished(InputError):
-    """There is nothing left to do."""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Hugging Face Hub: in the background; no failure ends a run
 
@@ -800,6 +796,32 @@ def fit_row_tokens(sizes: list[int], process: Process, attempt: Callable[[int], 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
+
+
+class RunFinished(InputError):
+    """There is nothing left to do."""
+
+
+def locate_data(name: str, process: Process) -> Path:
+    """The folder as named; data/sample is the checkout's wherever the command runs, and is built if missing."""
+    sample = ROOT / SAMPLE
+
+    def locate() -> Path:
+        if name != SAMPLE or (Path(name) / "manifest.json").exists():
+            return Path(name)
+        if not (sample / "manifest.json").exists():
+            from data.make_sample import make_sample
+
+            print(f"no {SAMPLE}: building it from the documentation of the installed packages")
+            make_sample(sample)
+        return sample
+
+    return process.on_main(locate)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something is to be done after this step; never where `every` is 0."""
+    return every > 0 and step % every == 0
 
 
 class Run:
@@ -1384,10 +1406,8 @@ class Run:
             print("\n".join(answers(self.objective.masked_lm, self.tokenizer)))
 
 
-def is_due(step: int, every: int) -> bool:
-    """Whether something is to be done after this step; never where `every` is 0."""
-    return every > 0 and step % every == 0
-
+# ---------------------------------------------------------------------------------------------------------------------
+# What a finished run shows of its model: the card beside it, and words for gaps
 
 MODEL_CARD = """---
 {{ card_data }}
@@ -1466,21 +1486,8 @@ def answers(model: KBERTForMaskedLM, tokenizer) -> list[str]:
     return lines
 
 
-def locate_data(name: str, process: Process) -> Path:
-    """The folder as named; data/sample is the checkout's wherever the command runs, and is built if missing."""
-    sample = ROOT / SAMPLE
-
-    def locate() -> Path:
-        if name != SAMPLE or (Path(name) / "manifest.json").exists():
-            return Path(name)
-        if not (sample / "manifest.json").exists():
-            from data.make_sample import make_sample
-
-            print(f"no {SAMPLE}: building it from the documentation of the installed packages")
-            make_sample(sample)
-        return sample
-
-    return process.on_main(locate)
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
 
 
 def main(argv: list[str] | None = None) -> None:
