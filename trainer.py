@@ -1097,7 +1097,10 @@ class Run:
         train = self.train
         gc.collect()
         gc.freeze()  # what exists by now stays: the collector need not scan it every time
-        self.rows, self.data_wait, self.unread, self.agree_every = iter(self.loader), 0.0, [], 1
+        self.rows = iter(self.loader)
+        self.data_wait = 0.0  # seconds in which steps waited for rows
+        self.unread: list[tuple] = []  # steps whose losses are still on the device: number, measures, metrics
+        self.agree_every = 1  # steps from one agreement of the ranks to the next
         while True:
             seconds, stopped = self.agree(signals)
             progress = self.progress(seconds)
