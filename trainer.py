@@ -653,12 +653,11 @@ class HubPusher:
 
     def __init__(self, name: str, minutes: float):
         """minutes: that the Hub may be silent."""
-        self.name, self.minutes = name, minutes
+        self.name, self.minutes, self.api = name, minutes, huggingface_hub.HfApi()
         self.pending: list[tuple[Path, str, Future]] = []
 
     def check(self) -> None:
         """Checks token and name before training starts. Raises InputError."""
-        self.api = huggingface_hub.HfApi()
         try:
             self.set_timeout()
             self.api.whoami()
