@@ -266,28 +266,28 @@ class RowStream:
         self.epoch, self.shard, self.cursor = state["epoch"], state["shard"], state["cursor"]
         self.pool = [tuple(window) for window in state["pool"]]  # drawn and not yet placed, in the order drawn
         for shard in {window[0] for window in self.pool}:
-            self._check(shard)
-        self._start_epoch()
+            self.check_shard(shard)
+        self.start_epoch()
 
     @property
     def state(self) -> dict:
         return {"epoch": self.epoch, "shard": self.shard, "cursor": self.cursor, "pool": self.pool[:]}
 
-    def _start_epoch(self) -> None:
+    def start_epoch(self) -> None:
         order = np.arange(len(self.shards))
         if self.seed is not None:
             np.random.default_rng([self.seed, self.epoch]).shuffle(order)
         self.order = order.tolist()
-        self._open_shard()
+        self.open_shard()
 
-    def _open_shard(self) -> None:
+    def open_shard(self) -> None:
         """Draws the order of the windows of the epoch's self.shard-th shard."""
         self.windows: list[tuple[int, int, int]] = []
         if self.shard >= len(self.order):
             return
         shard = self.order[self.shard]
         tokens = self.tokens[shard]
-        self._check(shard)
+        self.check_shard(shard)
         start, length = find_windows(tokens, self.max_length, self.specials["cls"], self.specials["sep"])
         if self.seed is not None:
             order = np.random.default_rng([self.seed, self.epoch, shard]).permutation(len(start))
@@ -298,7 +298,8 @@ class RowStream:
             self.text_left -= int(length.sum())
         self.windows = list(zip([shard] * len(start), start.tolist(), length.tolist()))
 
-    def _check(self, shard: int) -> None:
+    def check_shard(self, shard: int) -> None:
+        """Its size each time, before it is read; its hash and vocabulary once."""
         path, tokens = self.shards[shard], self.tokens[shard]
         check_size(path, tokens)
         if shard in self.checked:
@@ -313,16 +314,16 @@ class RowStream:
         check_vocabulary(path, tokens, self.specials["vocab_size"])
         self.checked.add(shard)
 
-    def _fill_pool(self) -> None:
+    def fill_pool(self) -> None:
         while len(self.pool) < LOOK_AHEAD and self.shard < len(self.order):
             if self.cursor < len(self.windows):
                 self.pool.append(self.windows[self.cursor])
                 self.cursor += 1
             else:
                 self.shard, self.cursor = self.shard + 1, 0
-                self._open_shard()
+                self.open_shard()
 
-    def _take(self, room: int) -> tuple[int, int, int] | None:
+    def take(self, room: int) -> tuple[int, int, int] | None:
         """The next window in turn if it fits into `room` tokens, else the longest that fits, else None."""
         if self.pool and self.pool[0][2] + 2 <= room:
             return self.pool.pop(0)
@@ -337,17 +338,17 @@ class RowStream:
         """The windows of the next row; None at the end of a stream that has one."""
         for _ in range(2):
             row, room = [], self.row_tokens
-            self._fill_pool()
-            while (window := self._take(room)) is not None:
+            self.fill_pool()
+            while (window := self.take(room)) is not None:
                 row.append(window)
                 room -= window[2] + 2
-                self._fill_pool()
+                self.fill_pool()
             if row:
                 return row
             if self.seed is None:
                 return None
             self.epoch, self.shard, self.cursor = self.epoch + 1, 0, 0
-            self._start_epoch()
+            self.start_epoch()
         raise InputError(f"no document with text in {[str(path) for path in self.shards]}: pack some text first")
 
 
@@ -435,9 +436,9 @@ class Loader:
 
     def __iter__(self) -> Iterator[Row]:
         stream, self.first_stream = self.first_stream or self.new_stream(), None
-        return in_background(self._rows(stream), self.rows_ahead)
+        return in_background(self.rows_of(stream), self.rows_ahead)
 
-    def _rows(self, stream: RowStream) -> Iterator[Row]:
+    def rows_of(self, stream: RowStream) -> Iterator[Row]:
         if self.device.index is not None:
             torch.cuda.set_device(self.device)  # a thread begins on GPU 0, whatever its rank
         index = self.first_index
@@ -446,10 +447,10 @@ class Loader:
             if not any(rows):
                 return
             state = {"index": index + self.world_size, **stream.state}
-            yield self._build(index + self.rank, rows, stream, state)
+            yield self.build_row(index + self.rank, rows, stream, state)
             index += self.world_size
 
-    def _build(self, index: int, rows: list[list[tuple]], stream: RowStream, state: dict) -> Row:
+    def build_row(self, index: int, rows: list[list[tuple]], stream: RowStream, state: dict) -> Row:
         """rows: the windows of each row of the round."""
         windows, size, tokens = rows[self.rank], self.row_tokens, stream.tokens
         for shard in {shard for shard, _, _ in windows}:

@@ -395,13 +395,13 @@ class Process:
 
     def sum(self, *values: float) -> list[float]:
         """Sums numbers over ranks, in fp64."""
-        return self._reduce(values, dist.ReduceOp.SUM)
+        return self.reduce(values, dist.ReduceOp.SUM)
 
     def max(self, *values: float) -> list[float]:
         """The largest of each over ranks."""
-        return self._reduce(values, dist.ReduceOp.MAX)
+        return self.reduce(values, dist.ReduceOp.MAX)
 
-    def _reduce(self, values: tuple[float, ...], operation: dist.ReduceOp) -> list[float]:
+    def reduce(self, values: tuple[float, ...], operation: dist.ReduceOp) -> list[float]:
         if self.world_size == 1:
             return list(values)
         together = torch.tensor(values, dtype=torch.float64)
