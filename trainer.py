@@ -965,11 +965,10 @@ class Run:
 
     def identity_of_run(self) -> dict:
         """What a run has to share with the checkpoint that it continues."""
-        shape = {name: value for name, value in self.config.to_dict().items() if name != "transformers_version"}
         return {
             "objective": self.train.objective,
             "generator_layers": self.train.generator_layers,
-            "model": shape,
+            "model": {name: value for name, value in self.config.to_dict().items() if name != "transformers_version"},
             "data": data_hash(self.manifest),
             "seed": self.train.seed,
             "row_tokens": self.row_tokens,
