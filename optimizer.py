@@ -152,7 +152,10 @@ class Muon(Group):
 
     @torch.no_grad()
     def update(self, step: int, momentum: float) -> Tensor:
-        """self.gradient [share, r, c] -> the update of the same shape, to be scaled by the learning rate."""
+        """self.gradient [share, r, c] -> the update of the same shape, to be scaled by the learning rate.
+
+        `step` is for Adam and not used.
+        """
         gradient = self.gradient
         self.state["momentum"].lerp_(gradient, 1 - momentum)
         update = gradient.lerp(self.state["momentum"], momentum)
@@ -184,7 +187,7 @@ class Adam(Group):
 
     @torch.no_grad()
     def update(self, step: int, momentum: float) -> Tensor:
-        """Like Muon.update, on [share]. `momentum` is Muon's and not used: Adam has decays of its own."""
+        """Like Muon.update, on [share]. step: its number, from 1. `momentum` is Muon's: Adam has decays of its own."""
         for unbias, beta in zip(self.unbias, self.betas):
             unbias.fill_(1 - beta**step)
         momentum, second_moment = self.state["momentum"], self.state["second_moment"]

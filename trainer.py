@@ -550,7 +550,10 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def save_model(folder: Path, model: PreTrainedModel, tokenizer, weights: dict[str, Tensor] | None = None) -> None:
-    """weights: where the model's own are not what is to be saved."""
+    """In the form that from_pretrained reads, with the tokenizer if there is one.
+
+    weights: where the model's own are not what is to be saved.
+    """
     model.save_pretrained(folder, state_dict=weights)
     if tokenizer is None:
         return
