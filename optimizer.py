@@ -111,6 +111,7 @@ class Group:
     def wait(self) -> None:
         if self.pending is not None:
             self.pending.wait()
+            self.pending = None  # else it keeps what was exchanged until the next step
 
     @torch.no_grad()
     def apply(self, rule, lr: float, decay: float) -> None:

@@ -592,7 +592,7 @@ def damage_of(checkpoint: Path) -> str | None:
             if sha256_of(checkpoint / name) != hashes[name]:
                 return f"{name} is not as it was written"
     except OSError as error:
-        return f"{Path(error.filename).name} cannot be read: {error.strerror}"
+        return f"{Path(error.filename or checkpoint).name} cannot be read: {error.strerror}"
     except (KeyError, ValueError):
         return "SHA256SUMS is not as it was written"
     return None
@@ -1322,7 +1322,8 @@ class Run:
     def finish(self) -> None:
         """The model in Hugging Face form, then what may still fail: test loss and result."""
         self.process.on_main(self.write_models)
-        has_test = count_text(self.manifest, "test")[0] >= 200  # fewer tokens might have none masked
+        text = min(count_text(self.manifest, "test")[0], self.data.valid_tokens)
+        has_test = text >= 200  # fewer tokens might have none masked
         self.test_loss = self.validate(self.validation_loader("test", self.process))["val_loss"] if has_test else None
         self.process.on_main(self.write_result)
 

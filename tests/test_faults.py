@@ -260,6 +260,12 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def fail_to_read(path: Path) -> None:
+    """It opens, and reading it fails, as on a bad disk."""
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+
+
 def drop_a_key(path: Path) -> None:
     state = json.loads(path.read_text())
     del state["loader"]
@@ -277,6 +283,7 @@ def empty(path: Path) -> None:
 DAMAGE = {
     "model cut": ("model.safetensors", cut_in_half),
     "model empty": ("model.safetensors", empty),
+    "model unreadable": ("model.safetensors", fail_to_read),
     "optimizer cut": ("optimizer.safetensors", cut_in_half),
     "optimizer gone": ("optimizer.safetensors", Path.unlink),
     "optimizer flipped": ("optimizer.safetensors", flip_a_bit),

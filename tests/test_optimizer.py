@@ -205,6 +205,7 @@ with join_processes() as process:
             p.grad = parts[process.rank :: process.world_size].sum(0)
         ours.step(1.0, 0.9)
     assert sent == (last - first) * bytes_sent(ours), (sent, bytes_sent(ours))
+    assert not any(group.pending for group in ours.groups)  # which would keep the updates in memory
     optimizer.all_gather = whole
     state = ours.state_dict()
     if process.is_main:
