@@ -341,6 +341,7 @@ class Line:
     number: int  # in the file
     step: int
     seconds: float
+    steps: int | None = None  # planned; None: the clock or the text ends the run
     train_loss: float | None = None
     val_loss: float | None = None
     dev_score: float | None = None
@@ -385,8 +386,10 @@ class Log:
 def read_line(number: int, match: re.Match) -> Line:
     said = {name: value for name, value in match.groupdict().items() if value is not None}
     task = said.pop("task", None)
+    if said["steps"] == "-":
+        del said["steps"]
     numbers = {name: float(said[name]) for name in Line.__dataclass_fields__ if name in said}
-    numbers |= {name: int(said[name]) for name in ("step", "tokens", "words", "run") if name in said}
+    numbers |= {name: int(said[name]) for name in ("step", "steps", "tokens", "words", "run") if name in said}
     if "step_avg" in said:
         numbers["step_avg"] /= 1000
     return Line(number, seconds=float(said["train_time"]) / 1000, task=task, **numbers)

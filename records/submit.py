@@ -112,15 +112,16 @@ def extract(path: Path, out: Path) -> str:
         logs = [log for folder in KEEP_CODE if (log := path / folder / "1.txt").exists()]
     logs = [read_log(log) for log in logs]
     for log in logs:
-        for problem in check_code(log):
-            raise InputError(problem)
         code |= log.code
+    for name in code:
+        if not (out / name).resolve().is_relative_to(out.resolve()):
+            raise InputError(f"{path} names a module {name}, which would lie outside {out}: this is not a run's log")
+    for problem in (problem for log in logs for problem in check_code(log)):
+        raise InputError(problem)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out} is there already, and is not an empty folder: choose another --out")
     for name, text in code.items():
         target = out / name
-        if not target.resolve().is_relative_to(out.resolve()):
-            raise InputError(f"{path} names a module {name}, which would lie outside {out}: this is not a run's log")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(text.encode())
     return "\n".join(str(log.named("command")).strip() for log in logs)

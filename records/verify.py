@@ -18,12 +18,13 @@ import hashlib
 import itertools
 import math
 import re
+import shlex
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,8 +49,14 @@ METRICS = {  # what finetuner.py measures of a run's model: task and split, whos
 FOLDERS = ("logs", "finetuned", "paired", "paired_finetuned")  # of a record
 KEEP_CODE = FOLDERS[:2]
 FILES = re.compile(rf"record\.json|README\.md|curve\.png|({'|'.join(FOLDERS)})/\d+\.txt")
+IMPORT = re.compile(r"^(?:from|import) ([\w.]+)", re.MULTILINE)
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 FREE_BETWEEN_MACHINES = (*FREE_BETWEEN_RUNS, "dir", "declared_runs")
+FREE_OF_SYSTEMS = (  # what changes no loss, or how the end is given: a systems-only record is shown as many tokens
+    *(*FREE_BETWEEN_MACHINES, "preset", "device", "compile", "deterministic", "timeout_minutes", "hub_minutes"),
+    *("valid_every", "log_every", "save_every", "keep_checkpoints", "save_words", "start_afresh"),
+    *("steps", "max_minutes", "row_tokens", "grad_accum"),
+)
 # What reading a value that is missing, or of another kind than a run writes, may raise
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 FINETUNED_BY = (
@@ -155,6 +162,16 @@ def check_lines(log: Log) -> Iterator[str]:
             yield f"{log.path}: no {kind} after step {missing[0]}{others}"
         if extra := sorted(step for step, times in found.items() if times > 1 or step not in expected):
             yield f"{log.path}: a {kind} too many, after step {extra[0]}"
+    planned = log.named("config", "train", "max_minutes") is None and math.isinf(most_text(log))
+    steps = log.named("config", "train", "steps") if planned else None
+    if other := next((line for line in log.lines if line.steps != steps), None):
+        said, asked = other.steps or "-", steps or "-"
+        yield f"{log.path}:{other.number}: a run of {said} steps, its configuration asks for {asked}"
+    unigram = log.named("data", "validation", "unigram_loss")
+    for line in log.lines:  # the first step's loss is that of the weights before it
+        first = line.val_loss if line.step == 0 else line.train_loss if line.step == 1 else None
+        if first is not None and first < unigram - 0.1:
+            yield f"{log.path}:{line.number}: a loss of {first} before any step, below {unigram:.4f} of unigrams"
     growing = ["step", "seconds", "tokens", "flops"] + ["words"] * (log.lines[-1].words is not None)
     for before, line in itertools.pairwise(log.lines):
         for name in growing:
@@ -294,6 +311,10 @@ def is_plain(text: object) -> bool:
 
 
 def with_logs(path: Path, said: dict) -> Record:
+    for file in (path, *path.rglob("*")):
+        if file.is_symlink():
+            raise InputError(f"{file}: a link: a record holds its own files")
+
     def read(folder: str) -> list[Log]:
         return [read_log(log) for log in sorted((path / folder).glob("*.txt"), key=lambda log: (len(log.name), log))]
 
@@ -389,7 +410,9 @@ def measure(record: Record, track: dict, before: Record | None) -> dict:
     if "minutes" in track.get("limits", {}):
         measured["seconds_in_all"] = mean(seconds_in_all(record.logs, record.finetuned))
     if before:
-        ours, theirs = raced(record.logs, record.finetuned, track), raced(*rivals(record, before), track)
+        ours, theirs = raced(record.logs, record.finetuned, track), raced(*rivals(record, before, track), track)
+        if record.paired and track["race"] == "seconds":
+            theirs = [value * slowdown(log, before) for value, log in zip(theirs, record.paired)]
         race, by_score = RACES[track["race"]], track["race"] == "score"
         measured[race.gain] = mean(ours) - mean(theirs) if by_score else mean(theirs) / mean(ours)
         better = "greater" if by_score else "less"
@@ -397,9 +420,20 @@ def measure(record: Record, track: dict, before: Record | None) -> dict:
     return measured
 
 
-def rivals(record: Record, before: Record) -> tuple[list[Log], list[Log]]:
-    """Runs of the record before to compare with, and their finetunings: those made on this record's machine, if any."""
-    return (record.paired, record.paired_finetuned) if record.paired else (before.logs, before.finetuned)
+def slowdown(log: Log, before: Record) -> float:
+    """Of a paired run that the clock ended: as many steps as the record before made take this times its seconds."""
+    if log.named("config", "train", "max_minutes") is None:
+        return 1.0
+    return mean([run.named("result", "step") for run in before.logs]) / log.named("result", "step")
+
+
+def rivals(record: Record, before: Record, track: dict) -> tuple[list[Log], list[Log]]:
+    """Runs of the record before to compare with, and their finetunings: those made on this record's machine, if any.
+
+    FLOPs are the same everywhere, but for a run by the clock, which has more of them on a faster machine.
+    """
+    again = record.paired and track["race"] != "flops"
+    return (record.paired, record.paired_finetuned) if again else (before.logs, before.finetuned)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -413,6 +447,17 @@ def check_code(log: Log) -> Iterator[str]:
         yield f"{log.path}: no code in it: the first log of a record keeps its code, as the run wrote it"
     elif different := differing(ran, log.hashes):
         yield f"{log.path}: not the code that ran: {different}"
+    elif lacking := lacking_code(log):
+        yield f"{log.path}: it lacks {', '.join(lacking)}, which its command or its other modules name"
+
+
+def lacking_code(log: Log) -> list[str]:
+    """The program, and what kept modules import from this repository, as far as the log does not keep it."""
+    named = {f"{name.replace('.', '/')}.py" for text in log.code.values() for name in IMPORT.findall(text)}
+    named = {name for name in named if (RECORDS.parent / name).exists()} | {*shlex.split(log.sections["command"])[:1]}
+    if "recipe" in log.named("config"):  # the first baselines' logs, whose trainer.py does not use it there
+        named.discard("optimizer.py")
+    return sorted(named - log.code.keys())
 
 
 def settings_of(log: Log, free: Sequence[str] = ()) -> dict:
@@ -438,21 +483,31 @@ def check_together(logs: Sequence[Log], what: str, free: Sequence[str] = FREE_BE
                 )
         if different := differing(settings_of(log, free), settings_of(first, free)):
             yield f"{at(log, 'config')}: {what}: other settings than {first.path.name}: {different}"
-    seen: dict[tuple, Log] = {}
-    for log in logs:
-        losses = tuple(line.train_loss for line in log.lines if line.train_loss is not None)
-        if losses and losses in seen:
-            yield f"{log.path}: {what}: the same run as {seen[losses].path.name}"
-        seen.setdefault(losses, log)
+    for one, log in itertools.combinations(logs, 2):
+        if repeats(log, one):
+            yield f"{log.path}: {what}: the same run as {one.path.name}"
+
+
+def repeats(log: Log, other: Log) -> bool:
+    return any(share_of(log, other, name) > 0.5 for name in ("train_loss", "seconds"))
+
+
+def share_of(log: Log, other: Log, name: str) -> float:
+    """How many of a log's losses, or times, another has after the same steps."""
+    ours, theirs = (
+        {(line.run, line.step, said) for line in one.lines if line.step and (said := getattr(line, name))}
+        for one in (log, other)
+    )
+    return len(ours & theirs) / max(1, len(ours))
 
 
 def check_files(record: Record) -> Iterator[str]:
     """Files, logs and links: those that are named, no others."""
     place, named = record.path / "record.json", record.said.get("logs", [])
-    for name in named:
-        if not (record.path / name).exists():
-            yield f"{place}: {name} is not there"
-    if extra := {log.path.relative_to(record.path).as_posix() for log in record.logs} - set(named):
+    there = {log.path.relative_to(record.path).as_posix() for log in record.logs}
+    for name in sorted(set(named) - there):
+        yield f"{place}: {name} is not there"
+    if extra := there - set(named):
         yield f"{place}: {', '.join(sorted(extra))} is there, but not named"
     files = {path.relative_to(record.path).as_posix(): path for path in record.path.rglob("*") if not path.is_dir()}
     if others := sorted(name for name in files if not FILES.fullmatch(name)):
@@ -473,6 +528,8 @@ def check_declared(record: Record, track: dict) -> Iterator[str]:
     started = max(str(log.named("environment", "started")) for log in record.logs)
     if said["date"] != started[:10]:
         yield f"{place}: the date is {said['date']}, the last run started {started}"
+    if started[:10] > datetime.now(UTC).date().isoformat():
+        yield f"{place}: the last run started {started}, which is yet to come"
     promised = said["declared_runs"]
     for log in record.logs:
         declared = log.named("config", "train", "declared_runs")
@@ -481,7 +538,7 @@ def check_declared(record: Record, track: dict) -> Iterator[str]:
         elif declared != promised:
             yield f"{at(log, 'config')}: {declared} runs were declared when it started, {promised} in record.json"
     seeds = sorted(log.named("config", "train", "seed") for log in record.logs)
-    if seeds != list(range(1, promised + 1)):
+    if len(seeds) != promised or seeds != list(range(1, len(seeds) + 1)):
         there = ", ".join(map(str, seeds))
         yield f"{logs}: {promised} runs were declared, with seeds from 1; there are those with seeds {there}"
     if len(seeds) < track["min_runs"]:
@@ -508,6 +565,8 @@ def check_track(log: Log, track: dict) -> Iterator[str]:
     objective = log.named("config", "train").get("objective", "mlm")
     if track["target"]["metric"] == "val_loss" and objective != "mlm":
         yield f"{at(log, 'config')}: the track's target is the val_loss of mlm; that of {objective} is its generator's"
+    if not is_plain(device := log.named("environment", "device")):
+        yield f"{at(log, 'environment')}: device is {device!r}, which has | < > [ ] or line ends, as no table can"
     for name, value in track["hardware"].items():
         found = log.named("environment").get(name)
         if found != value and not (name == "device" and names_device(str(found), value)):
@@ -543,6 +602,8 @@ def check_finetuned(logs: Sequence[Log], finetuned: Sequence[Log], track: dict) 
             yield f"{finetuned[0].path.parent}: the track takes no finetunings"
         return
     task, _ = METRICS[track["target"]["metric"]]
+    if len(set(models)) < len(models):
+        yield f"{logs[0].path.parent}: two of these runs have one model_sha256: each is judged by its own model"
     for log, model in zip(logs, models):
         if (number := started_from.count(model)) != 1:
             yield f"{log.path}: {number} runs of finetuner.py --task {task} on its model: give one (--finetuned)"
@@ -574,6 +635,8 @@ def check_tuning(log: Log, task: str) -> Iterator[str]:
         last, found = lines[-1].step, {line.step for line in lines if line.train_loss is not None}
         if last != steps:
             yield f"{log.path}:{lines[-1].number}: run {run} ended after {last} steps of {steps}"
+        if (scored := [line.step for line in lines if line.dev_score is not None][-1:]) != [steps]:
+            yield f"{log.path}: run {run} has its last dev_score after step {scored}, not after its last, {steps}"
         if missing := sorted({*range(settings["log_every"], last + 1, settings["log_every"]), last} - found):
             yield f"{log.path}: no train_loss after step {missing[0]} of run {run}"
 
@@ -622,6 +685,8 @@ def check_claim(record: Record, track: dict, before: Record | None) -> Iterator[
         met = target["metric"] == "val_loss" and measured["val_loss"] <= target["value"]
         if before is None or track["race"] != "seconds" or not met:
             yield f"{place}: systems_only needs a record to be faster than, and a mean loss that meets the target"
+        else:
+            yield from check_systems_only(record, before)
     elif p is None or not p < SIGNIFICANCE:
         yield (
             f"{place}: {target['metric']} does not meet the target {target['value']} "
@@ -631,10 +696,21 @@ def check_claim(record: Record, track: dict, before: Record | None) -> Iterator[
         yield from check_better(record, track, before, measured)
 
 
+def check_systems_only(record: Record, before: Record) -> Iterator[str]:
+    """The same mathematics: the settings of the record before, as far as its code has them, and as much shown."""
+    ours, theirs = (settings_of(logs[0], FREE_OF_SYSTEMS) for logs in (record.logs, before.logs))
+    both = ours.keys() & theirs.keys()
+    if different := differing({name: ours[name] for name in both}, {name: theirs[name] for name in both}):
+        yield f"{at(record.logs[0], 'config')}: systems_only, but other settings than {before.path.name}: {different}"
+    tokens, asked = (mean([log.named("result", "work", "tokens") for log in r.logs]) for r in (record, before))
+    if tokens < 0.99 * asked:
+        yield f"{record.path}: systems_only, but {tokens:.0f} tokens for {asked:.0f} of {before.path.name}"
+
+
 def check_better(record: Record, track: dict, before: Record, measured: dict) -> Iterator[str]:
     """Better than the record before, run with its own code and, unless raced by FLOPs, on the same machine."""
     place, beaten = record.path / "record.json", before.path.name
-    theirs, their_finetuned = rivals(record, before)
+    theirs, their_finetuned = rivals(record, before, track)
     yield from check_together(theirs, "a run of the record before")
     yield from check_paired(record, track, before)
     if theirs[0].hashes != before.logs[0].hashes:
@@ -656,6 +732,9 @@ def check_better(record: Record, track: dict, before: Record, measured: dict) ->
 def check_paired(record: Record, track: dict, before: Record) -> Iterator[str]:
     """Whole runs on the track's data, as many as the record's own, compiled where the record before was."""
     compiled = before.logs[0].named("environment").get("compiled")
+    for log, other in itertools.product(record.paired, before.logs):
+        if share_of(log, other, "seconds") > 0.5:
+            yield f"{log.path}: it took what {other.path} took, line by line: run the record before again, here"
     for log in record.paired:
         yield from check_run(log)
         yield from check_track(log, track)
@@ -791,7 +870,7 @@ def verify(path: Path) -> list[str]:
             chain = {other.path.name: other for other in read_records(whole.parent)}
             before = chain.get(record.said.get("beats"))
         return list(dict.fromkeys(check_record(record, tracks, before)))
-    except InputError as error:
+    except (InputError, OSError) as error:
         return [str(error)]
     except MALFORMED as error:
         return [f"{path}: a value is missing or of the wrong kind ({error!r})"]
@@ -801,7 +880,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=Path, nargs="*", metavar="DIR", help="folders of records [all]")
     found = [path.absolute() if path == Path() else path for path in parser.parse_args().records]
-    found = found or sorted(path.parent for path in RECORDS.glob("*/*/record.json"))
+    everything = {path.parent for path in RECORDS.glob("*/*/record.json")} | {*RECORDS.glob("*/2*")}
+    found = found or sorted(path for path in everything if path.is_dir())
     problems = [problem for path in found for problem in verify(path)]
     names = ", ".join(f"{path.parent.name}/{path.name}" for path in found)
     print("\n".join(problems) or f"{len(found)} records verified: {names}")

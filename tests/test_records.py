@@ -48,6 +48,7 @@ from records.verify import (
     check_run,
     check_track,
     expected_steps,
+    measure,
     page,
     read_records,
     read_tracks,
@@ -380,6 +381,87 @@ def test_a_run_left_out(record):
     assert "logs/3.txt is not there" in problems and "3 runs were declared" in problems
 
 
+def test_most_of_a_log_twice(record):
+    """Another number in one line does not make it another run."""
+    again = in_section("config", "train.seed", 2)(read_log(record / "logs" / "1.txt").text)
+    again = at_its_own_minute(re.sub(r"(step:4/8 train_loss:)\d", r"\g<1>3", again))
+    (record / "logs" / "2.txt").write_text(sealed(again))
+    assert any("the same run as 1.txt" in problem for problem in verify(record))
+
+
+@pytest.mark.parametrize(
+    "edit,message",
+    (
+        (lambda text: re.sub(r"(step:0/8 val_loss:)\S+", r"\g<1>2.5000", text), "a loss of 2.5 before any step"),
+        (lambda text: re.sub(r"(step:\d+)/8 ", r"\1/10 ", text), "a run of 10 steps, its configuration asks for 8"),
+        (in_section("environment", "device", "EPYC | 0.1 s"), "device is 'EPYC | 0.1 s', which has |"),
+        (lambda text: re.sub(r'("started": ")\d{4}', r"\g<1>9998", text), "which is yet to come"),
+    ),
+)
+def test_what_no_run_says(record, edit, message):
+    change(record / "logs" / "2.txt", edit)
+    assert any(message in problem for problem in verify(record)), verify(record)
+
+
+def test_the_program_s_code_is_kept(record):
+    def without(name: str) -> Callable[[str], str]:
+        def edit(text: str) -> str:
+            header = re.search(rf"^--- {name} sha256:\w+(?: lines:(\d+))?\n", text, re.MULTILINE)
+            lines = int(header[1] or 0)
+            return text[: header.start()] + text[header.end() :].split("\n", lines)[lines]
+
+        return edit
+
+    for name in ("trainer.py", "model.py"):
+        for number in (1, 2, 3):
+            change(record / "logs" / f"{number}.txt", without(name))
+        assert any(f"1.txt: it lacks {name}" in problem for problem in verify(record)), name
+
+
+def test_systems_only_changes_no_setting(record):
+    change_json(record / "record.json", systems_only="the same, compiled")
+    for number in (1, 2, 3):
+        change(record / "logs" / f"{number}.txt", in_section("config", "train.muon_lr", 0.5))
+    assert any("systems_only, but other settings than" in problem for problem in verify(record))
+
+
+def test_links_and_what_cannot_be_read(record):
+    (record / "curve.png").unlink()
+    (record / "curve.png").symlink_to("nowhere")
+    assert verify(record) == [f"{record / 'curve.png'}: a link: a record holds its own files"]
+    (record / "curve.png").unlink()
+    (record / "README.md").unlink()
+    (record / "README.md").mkdir()
+    assert "Is a directory" in verify(record)[0]
+
+
+def test_logs_are_named_without_detours(record):
+    logs = json.loads((record / "record.json").read_text())["logs"]
+    change_json(record / "record.json", logs=[*logs, "../../tracks.json"])
+    assert any("../../tracks.json is not there" in problem for problem in verify(record))
+
+
+def test_paired_runs_are_no_copies(record):
+    """Those of the record before, said to be of this machine."""
+    before, other = next(record.parent.glob("*_before")), in_section("environment", "machine", "another")
+    (record / "paired").mkdir()
+    for number in (1, 2, 3):
+        change(record / "logs" / f"{number}.txt", other)
+        text = other(read_log(before / "logs" / f"{number}.txt").text)
+        (record / "paired" / f"{number}.txt").write_text(sealed(at_its_own_minute(text)))
+    assert any("line by line" in problem for problem in verify(record))
+
+
+def test_the_clock_s_end_is_as_late_on_any_machine(record):
+    """Twice as many steps in the same time: what took the record before so long takes half of it here."""
+    ours, (before, *_) = (read_records(record.parent)[-1], read_records(record.parent))
+    track, ours.paired = read_tracks(record.parents[1])["tiny"], read_records(record.parent)[0].logs
+    for log in ours.paired:
+        log.sections["config"]["train"]["max_minutes"] = 1.0
+        log.sections["result"]["step"] *= 2
+    assert measure(ours, track, before)["speedup"] == pytest.approx(1, rel=1e-2)
+
+
 def test_code_changed_after_the_run(record):
     first, ran = record / "logs" / "1.txt", (record / "logs" / "1.txt").read_text()
     change(first, lambda text: text.replace("def muon_momentum(", "def much_momentum("))
@@ -677,11 +759,23 @@ def test_a_forged_finetuning(by_mnli, section, name, value, message):
             "step or train_time does not grow",
         ),
         (lambda text: text.replace(":3/3 ", ":4/3 "), "ended after 4 steps of 3"),
+        (
+            lambda text: re.sub(r"(task:mnli run:2/3 step:)3(/3 .*dev_score.*\n)", r"\g<1>2\2", text),
+            "run 2 has its last dev_score after step [2], not after its last, 3",
+        ),
     ),
 )
 def test_lines_of_a_finetuning(by_mnli, edit, message):
     change(by_mnli / "finetuned" / "2.txt", edit)
     assert any(message in problem for problem in verify(by_mnli)), verify(by_mnli)
+
+
+def test_each_run_is_judged_by_its_own_model(by_mnli):
+    model = read_log(by_mnli / "logs" / "1.txt").named("result", "model_sha256")
+    for number in (2, 3):
+        change(by_mnli / "logs" / f"{number}.txt", in_section("result", "model_sha256", model))
+        (by_mnli / "finetuned" / f"{number}.txt").unlink()
+    assert any("one model_sha256" in problem for problem in verify(by_mnli))
 
 
 def test_the_code_that_finetuned_is_kept(by_mnli, tmp_path):
@@ -757,7 +851,9 @@ def test_a_better_score_is_shown_on_one_machine(by_score):
     for folder, into in (("logs", "paired"), ("finetuned", "paired_finetuned")):
         (by_score / into).mkdir()
         for log in (before / folder).iterdir():
-            (by_score / into / log.name).write_text(sealed(other(log.read_text())))
+            text = other(log.read_text())  # which takes other times
+            text = retimed(text, 1.5, 0.01 * int(log.stem)) if folder == "logs" else sealed(text)
+            (by_score / into / log.name).write_text(text)
     assert verify(by_score) == []
     change(by_score / "paired_finetuned" / "2.txt", in_section("config", "train.pooling", "cls"))
     assert any("not the code, or not the settings, of the finetunings" in problem for problem in verify(by_score))
