@@ -153,10 +153,7 @@ class Muon(Group):
 
     @torch.no_grad()
     def update(self, step: int, momentum: float) -> Tensor:
-        """self.gradient [share, r, c] -> the update of the same shape, to be scaled by the learning rate.
-
-        `step` is for Adam and not used.
-        """
+        """self.gradient [share, r, c] -> the update of the same shape, to be scaled by the learning rate."""
         gradient = self.gradient
         self.state["momentum"].lerp_(gradient, 1 - momentum)
         update = gradient.lerp(self.state["momentum"], momentum)

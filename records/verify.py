@@ -167,11 +167,9 @@ def check_lines(log: Log) -> Iterator[str]:
     if other := next((line for line in log.lines if line.steps != steps), None):
         said, asked = other.steps or "-", steps or "-"
         yield f"{log.path}:{other.number}: a run of {said} steps, its configuration asks for {asked}"
-    unigram = log.named("data", "validation", "unigram_loss")
-    for line in log.lines:  # the first step's loss is that of the weights before it
-        first = line.val_loss if line.step == 0 else line.train_loss if line.step == 1 else None
-        if first is not None and first < unigram - 0.1:
-            yield f"{log.path}:{line.number}: a loss of {first} before any step, below {unigram:.4f} of unigrams"
+    unigram, start = log.named("data", "validation", "unigram_loss"), log.lines[0]
+    if start.step == 0 and start.val_loss is not None and start.val_loss < unigram - 0.1:
+        yield f"{log.path}:{start.number}: a loss of {start.val_loss} before any step, below {unigram:.4f} of unigrams"
     growing = ["step", "seconds", "tokens", "flops"] + ["words"] * (log.lines[-1].words is not None)
     for before, line in itertools.pairwise(log.lines):
         for name in growing:
@@ -454,7 +452,7 @@ def check_code(log: Log) -> Iterator[str]:
 def lacking_code(log: Log) -> list[str]:
     """The program, and what kept modules import from this repository, as far as the log does not keep it."""
     named = {f"{name.replace('.', '/')}.py" for text in log.code.values() for name in IMPORT.findall(text)}
-    named = {name for name in named if (RECORDS.parent / name).exists()} | {*shlex.split(log.sections["command"])[:1]}
+    named = {name for name in named if (RECORDS.parent / name).exists()} | {*shlex.split(str(log.named("command")))[:1]}
     if "recipe" in log.named("config"):  # the first baselines' logs, whose trainer.py does not use it there
         named.discard("optimizer.py")
     return sorted(named - log.code.keys())
@@ -484,21 +482,22 @@ def check_together(logs: Sequence[Log], what: str, free: Sequence[str] = FREE_BE
         if different := differing(settings_of(log, free), settings_of(first, free)):
             yield f"{at(log, 'config')}: {what}: other settings than {first.path.name}: {different}"
     for one, log in itertools.combinations(logs, 2):
-        if repeats(log, one):
+        if repeats(log, one, "train_loss"):
             yield f"{log.path}: {what}: the same run as {one.path.name}"
 
 
-def repeats(log: Log, other: Log) -> bool:
-    return any(share_of(log, other, name) > 0.5 for name in ("train_loss", "seconds"))
+def repeats(log: Log, other: Log, name: str, least: int = 1) -> bool:
+    """Whether another log has most of its losses, or times, after the same steps; least: how many there must be.
 
+    Of a finetuning the first run counts: those from random weights are the same whatever the model.
+    """
 
-def share_of(log: Log, other: Log, name: str) -> float:
-    """How many of a log's losses, or times, another has after the same steps."""
-    ours, theirs = (
-        {(line.run, line.step, said) for line in one.lines if line.step and (said := getattr(line, name))}
-        for one in (log, other)
-    )
-    return len(ours & theirs) / max(1, len(ours))
+    def said(log: Log) -> set[tuple]:
+        lines = [line for line in log.lines if line.step and line.run in (None, 1)]
+        return {(line.step, getattr(line, name)) for line in lines if getattr(line, name) is not None}
+
+    ours = said(log)
+    return len(ours & said(other)) > max(least, len(ours)) / 2
 
 
 def check_files(record: Record) -> Iterator[str]:
@@ -702,9 +701,13 @@ def check_systems_only(record: Record, before: Record) -> Iterator[str]:
     both = ours.keys() & theirs.keys()
     if different := differing({name: ours[name] for name in both}, {name: theirs[name] for name in both}):
         yield f"{at(record.logs[0], 'config')}: systems_only, but other settings than {before.path.name}: {different}"
-    tokens, asked = (mean([log.named("result", "work", "tokens") for log in r.logs]) for r in (record, before))
-    if tokens < 0.99 * asked:
-        yield f"{record.path}: systems_only, but {tokens:.0f} tokens for {asked:.0f} of {before.path.name}"
+    (tokens, steps), (asked, in_steps) = (
+        [mean([log.named("result", *name) for log in one.logs]) for name in (("work", "tokens"), ("step",))]
+        for one in (record, before)
+    )
+    if tokens < 0.99 * asked or not math.isclose(tokens / steps, asked / in_steps, rel_tol=0.01):
+        shown, before_it = f"{tokens:.0f} tokens in {steps:.0f} steps", f"{asked:.0f} in {in_steps:.0f}"
+        yield f"{record.path}: systems_only, but shown {shown}, {before.path.name} {before_it}"
 
 
 def check_better(record: Record, track: dict, before: Record, measured: dict) -> Iterator[str]:
@@ -733,8 +736,8 @@ def check_paired(record: Record, track: dict, before: Record) -> Iterator[str]:
     """Whole runs on the track's data, as many as the record's own, compiled where the record before was."""
     compiled = before.logs[0].named("environment").get("compiled")
     for log, other in itertools.product(record.paired, before.logs):
-        if share_of(log, other, "seconds") > 0.5:
-            yield f"{log.path}: it took what {other.path} took, line by line: run the record before again, here"
+        if repeats(log, other, "seconds", least=4):  # a few may agree by chance
+            yield f"{log.path}: a copy of {other.path}: run the record before again, or leave its runs out (--paired)"
     for log in record.paired:
         yield from check_run(log)
         yield from check_track(log, track)
@@ -881,7 +884,7 @@ def main() -> None:
     parser.add_argument("records", type=Path, nargs="*", metavar="DIR", help="folders of records [all]")
     found = [path.absolute() if path == Path() else path for path in parser.parse_args().records]
     everything = {path.parent for path in RECORDS.glob("*/*/record.json")} | {*RECORDS.glob("*/2*")}
-    found = found or sorted(path for path in everything if path.is_dir())
+    found = found or sorted(path for path in everything if path.is_dir() and path.suffix != ".tmp")
     problems = [problem for path in found for problem in verify(path)]
     names = ", ".join(f"{path.parent.name}/{path.name}" for path in found)
     print("\n".join(problems) or f"{len(found)} records verified: {names}")

@@ -46,6 +46,7 @@ from records.verify import (
     METRICS,
     RACES,
     check_run,
+    check_systems_only,
     check_track,
     expected_steps,
     measure,
@@ -425,6 +426,14 @@ def test_systems_only_changes_no_setting(record):
     assert any("systems_only, but other settings than" in problem for problem in verify(record))
 
 
+def test_systems_only_shows_as_much_in_as_many_steps(record):
+    before, ours = read_records(record.parent)
+    assert not any("systems_only, but shown" in problem for problem in check_systems_only(ours, before))
+    for log in ours.logs:
+        log.sections["result"]["step"] *= 2
+    assert any("tokens in 16 steps" in problem for problem in check_systems_only(ours, before))
+
+
 def test_links_and_what_cannot_be_read(record):
     (record / "curve.png").unlink()
     (record / "curve.png").symlink_to("nowhere")
@@ -449,7 +458,7 @@ def test_paired_runs_are_no_copies(record):
         change(record / "logs" / f"{number}.txt", other)
         text = other(read_log(before / "logs" / f"{number}.txt").text)
         (record / "paired" / f"{number}.txt").write_text(sealed(at_its_own_minute(text)))
-    assert any("line by line" in problem for problem in verify(record))
+    assert any("paired/1.txt: a copy of" in problem for problem in verify(record))
 
 
 def test_the_clock_s_end_is_as_late_on_any_machine(record):
