@@ -1181,4 +1181,4 @@ def test_a_resumed_baseline_is_bit_identical_to_one_never_stopped(corpus, tmp_pa
     for file in ("model/model.safetensors", "checkpoints/step-000006/optimizer.safetensors"):
         assert (killed / file).read_bytes() == (whole / file).read_bytes()
     with pytest.raises(InputError, match=r"other settings \(lr\)"):
-        baseline(tmp_path, "killed", *settings, "--lr", 1e-3, "--train.resume", killed / "checkpoints" / "step-000003")
+        baseline(tmp_path, "killed", *settings, "--lr", 5e-4, "--train.resume", killed / "checkpoints" / "step-000003")
