@@ -209,6 +209,10 @@ def check_columns(split: str, rows, wanted: list[str]) -> None:
             f"{split} has no column {', '.join(missing)}: its columns are {', '.join(rows.column_names)}; "
             "rename one, or choose with --data.text, --data.text_pair and --data.label"
         )
+    check_rows(split, rows)
+
+
+def check_rows(split: str, rows) -> None:
     if not len(rows):
         raise InputError(f"split {split} has no rows: write some or take it away")
 
@@ -288,6 +292,11 @@ def number_classes(labels: dict[str, list], names: list[str] | None) -> tuple[di
 # Texts
 
 
+def texts_of(batch: dict, columns: list[str]) -> list[list[str]]:
+    """The texts of each column: empty where one is missing, and a number as it is written."""
+    return [["" if text is None else str(text) for text in batch[column]] for column in columns]
+
+
 def encode_texts(
     rows, columns: list[str], labels: np.ndarray, tokenizer: PreTrainedTokenizerFast, max_length: int
 ) -> tuple[Split, int]:
@@ -295,8 +304,7 @@ def encode_texts(
     tokens, segments, cut = [], [], 0
     for start in range(0, len(rows), 1000):
         batch = rows[start : start + 1000]
-        texts = (["" if text is None else str(text) for text in batch[column]] for column in columns)
-        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+        encoded = tokenizer(*texts_of(batch, columns), truncation=True, max_length=max_length)
         tokens += [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
         segments += [np.array(ids, dtype=np.int8) for ids in encoded.get("token_type_ids", [])]
         cut += sum(bool(encoding.overflowing) for encoding in encoded.encodings)

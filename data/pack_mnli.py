@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.examples import READERS, read_rows, suffix_of, tidy_labels
+from data.examples import READERS, check_rows, read_rows, suffix_of, texts_of, tidy_labels
 from data.train_tokenizer import bring_tokenizer, reading
 from dataloading import LABEL_END, NO_LABEL, InputError, run_script, sha256_of, write_json, write_shard
 
@@ -86,8 +86,7 @@ def main() -> None:
     columns = [args.text] if args.text_pair == "none" else [args.text, args.text_pair]
     splits, source = open_splits(args)
     for split, rows in splits.items():
-        if not len(rows):
-            raise InputError(f"split {split} has no rows: write some or take it away")
+        check_rows(split, rows)
         if missing := set(columns + [args.label]) - set(rows.column_names):
             raise InputError(
                 f"{split} has no column {', '.join(sorted(missing))}: choose --text, --text_pair and --label "
@@ -103,8 +102,7 @@ def main() -> None:
     for split, rows in splits.items():
         tokens, sep = [], [tokenizer["sep"]]
         for start in tqdm(range(0, len(rows), 1000), unit="batch", desc=split):
-            batch = rows[start : start + 1000]
-            texts = (["" if text is None else str(text) for text in batch[column]] for column in columns)
+            texts = texts_of(rows[start : start + 1000], columns)
             encoded = [backend.encode_batch_fast(column, add_special_tokens=False) for column in texts]
             for i, parts in enumerate(zip(*encoded), start):
                 tokens += [tokenizer["cls"], labels[split][i], LABEL_END]
