@@ -1002,6 +1002,7 @@ def test_protocols():
         (False, "default", {}, "adamw", 5e-5),
         (False, "sane", {}, "adamw", 4e-5),
         (False, "default", {"lr": 1e-4}, "adamw", 1e-4),
+        (False, "sane", {"optimizer": "muon"}, "muon", 0.003),
     ],
 )
 def test_a_kbert_is_finetuned_by_what_pretrained_it_and_others_by_adamw(kbert, protocol, changed, optimizer, lr):
@@ -1010,8 +1011,6 @@ def test_a_kbert_is_finetuned_by_what_pretrained_it_and_others_by_adamw(kbert, p
 
 
 def test_what_other_encoders_cannot_do_is_said():
-    with pytest.raises(InputError, match="muon knows the matrices of a KBERT alone"):
-        choose_rates(FinetuneConfig(optimizer="muon"), PROTOCOLS["default"], kbert=False)
     sizes = dict(hidden_size=16, num_attention_heads=1, intermediate_size=16, embedding_size=8, vocab_size=20)
     albert = AlbertForSequenceClassification(AlbertConfig(num_hidden_layers=3, **sizes))
     with pytest.raises(InputError, match="this encoder's layers are one and the same"):
@@ -1022,11 +1021,13 @@ def test_what_other_encoders_cannot_do_is_said():
 
 
 def test_a_grids_rates_are_as_far_apart_for_muon_as_for_adamw():
-    rates = {}
-    for kbert in (True, False):
-        train = choose_rates(FinetuneConfig(), PROTOCOLS["modernbert"], kbert)
-        rates[kbert] = sorted({cell.lr for cell in grid_of(PROTOCOLS["modernbert"], "rte", set(), train)})
-    assert rates[False] == [1e-5, 3e-5, 5e-5, 8e-5] and rates[True] == pytest.approx([0.002, 0.006, 0.01, 0.016])
+    def rates(optimizer: str, kbert: bool) -> list[float]:
+        train = choose_rates(FinetuneConfig(optimizer=optimizer), PROTOCOLS["modernbert"], kbert)
+        return sorted({cell.lr for cell in grid_of(PROTOCOLS["modernbert"], "rte", set(), train)})
+
+    assert rates("auto", kbert=False) == rates("adamw", kbert=True) == [1e-5, 3e-5, 5e-5, 8e-5]
+    assert rates("auto", kbert=True) == pytest.approx([0.002, 0.006, 0.01, 0.016])
+    assert rates("muon", kbert=False) == pytest.approx([0.0006, 0.0018, 0.003, 0.0048])
 
 
 def test_the_config_of_a_grid_repeats_the_grid(base, tmp_path):
@@ -1273,14 +1274,29 @@ def test_weights_under_other_names_are_no_pretrained_encoder(films, tmp_path):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_encoders_are_measured_the_same_way(films, tmp_path, name):
+def test_muon_gets_other_encoders_linear_layers_but_the_classifier(name, monkeypatch):
+    made, build = [], finetuner.Optimizer
+    monkeypatch.setattr(finetuner, "Optimizer", lambda *args, **settings: made.append(build(*args, **settings)))
+    model = AutoModelForSequenceClassification.from_config(OTHERS[name]().config)
+    finetuner.muon_step(model, FinetuneConfig(lr=0.003), ALONE, compiled=False)
+    muon = {id(p): group.row for group in made[0].muon for p in group.parameters}
+    for name, p in model.named_parameters():
+        assert (id(p) in muon) == (p.ndim == 2 and "embeddings" not in name and "classifier" not in name), name
+        if id(p) in muon:  # queries, keys and values of one layer by head
+            assert muon[id(p)] == ((16, 32) if name.endswith("Wqkv.weight") else tuple(p.shape))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_encoders_are_measured_the_same_way(films, tmp_path, name, optimizer):
     torch.manual_seed(0)
     folder, tokenizer = tmp_path / name, make_tokenizer(WORDS)
     OTHERS[name]().save_pretrained(folder)
     if name == "bert":
         tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     tokenizer.save_pretrained(folder)
-    run = go(str(folder), tmp_path, data_dataset=films, data_text_pair="text_pair", train_trainable="last_2")
+    more = {"data_text_pair": "text_pair", "train_trainable": "last_2", "train_optimizer": optimizer}
+    run = go(str(folder), tmp_path, data_dataset=films, **more)
     logged = read_log(run).sections["config"]["train"]["pooling"]
     used = json.loads((run / "model" / "config.json").read_text()).get("classifier_pooling")
     assert logged == used == {"bert": None, "modernbert": "mean"}[name]  # whose class has "cls" by default
