@@ -475,7 +475,7 @@ class Network:
         total, longest = int(lengths.sum()), int(lengths.max())
         T = next(size for size in self.sizes if size >= total) if self.sizes else row_size(total)
         input_ids = np.full(T, self.pad, dtype=np.int32)
-        input_ids[:total] = np.concatenate([split.of(split.tokens, i) for i in row])
+        input_ids[:total] = split.of_all(split.tokens, row)
         documents = [*lengths, T - total]  # the padding is one of its own
         document_ids = np.repeat(np.arange(len(documents), dtype=np.int32), documents)
         positions = np.concatenate([np.arange(length, dtype=np.int32) for length in documents])
@@ -534,10 +534,10 @@ class Network:
         lengths = split.lengths[row]
         mask = np.arange(lengths.max()) < lengths[:, None]  # [n, S]
         inputs = {"input_ids": np.full(mask.shape, self.pad), "attention_mask": mask.astype(np.int64)}
-        inputs["input_ids"][mask] = np.concatenate([split.of(split.tokens, i) for i in row])
+        inputs["input_ids"][mask] = split.of_all(split.tokens, row)
         if split.segments is not None:
             inputs["token_type_ids"] = np.zeros(mask.shape, dtype=np.int64)
-            inputs["token_type_ids"][mask] = np.concatenate([split.of(split.segments, i) for i in row])
+            inputs["token_type_ids"][mask] = split.of_all(split.segments, row)
         inputs = {name: to_device(value, self.device) for name, value in inputs.items()}
         wanted = self.kind.wanted(split, row)
         if wanted is not None:

@@ -50,6 +50,9 @@ class Split:
     def of(self, flat: np.ndarray, i: int) -> np.ndarray:
         return flat[self.ends[i - 1] if i else 0 : self.ends[i]]
 
+    def of_all(self, flat: np.ndarray, keep: np.ndarray) -> np.ndarray:
+        return np.concatenate([self.of(flat, i) for i in keep])
+
     def contents(self) -> Iterator[bytes]:
         """Of each example and its label."""
         for i, label in enumerate(self.labels):
@@ -65,18 +68,12 @@ class Split:
         known = np.flatnonzero(self.known)
         return known if most is None else np.random.default_rng(0).permutation(known)[:most]
 
-    def positions(self, keep: np.ndarray) -> np.ndarray:
-        """Of the tokens of the examples numbered `keep`, in that order."""
-        spans = zip(self.ends[keep] - self.lengths[keep], self.ends[keep])
-        return np.concatenate([np.arange(start, end) for start, end in spans])
-
     def only(self, keep: np.ndarray) -> Split:
         """The examples numbered `keep`."""
-        at = self.positions(keep)
         return dataclasses.replace(
             self,
-            tokens=self.tokens[at],
-            segments=None if self.segments is None else self.segments[at],
+            tokens=self.of_all(self.tokens, keep),
+            segments=None if self.segments is None else self.of_all(self.segments, keep),
             ends=np.cumsum(self.lengths[keep]),
             labels=self.labels[keep],
             known=self.known[keep],

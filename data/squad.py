@@ -50,7 +50,7 @@ class Windows(Split):
         """The windows numbered `keep`, and their questions."""
         asked, question = np.unique(self.question[keep], return_inverse=True)
         of_asked = {name: [getattr(self, name)[i] for i in asked] for name in ("names", "contexts", "answers")}
-        offsets = self.offsets[self.positions(keep)]
+        offsets = self.of_all(self.offsets, keep)
         return dataclasses.replace(super().only(keep), question=question, offsets=offsets, **of_asked)
 
 
