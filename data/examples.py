@@ -63,10 +63,9 @@ class Split:
         hashes = sorted(hashlib.sha256(content).digest() for content in self.contents())
         return hashlib.sha256(b"".join(hashes)).hexdigest()[:16]
 
-    def shuffled(self, most: int | None) -> np.ndarray:
-        """Numbers of the labelled examples: all in order, or the first `most` after shuffling."""
-        known = np.flatnonzero(self.known)
-        return known if most is None else np.random.default_rng(0).permutation(known)[:most]
+    def shuffled(self, most: int) -> np.ndarray:
+        """Numbers of the first `most` examples after shuffling."""
+        return np.random.default_rng(0).permutation(self.examples)[:most]
 
     def only(self, keep: np.ndarray) -> Split:
         """The examples numbered `keep`."""

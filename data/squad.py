@@ -37,14 +37,11 @@ class Windows(Split):
 
     @property
     def examples(self) -> int:
-        return len(np.unique(self.question))
+        return len(self.names)
 
-    def shuffled(self, most: int | None) -> np.ndarray:
+    def shuffled(self, most: int) -> np.ndarray:
         """The windows of `most` questions."""
-        if most is None:
-            return super().shuffled(most)
-        chosen = np.random.default_rng(0).permutation(np.unique(self.question[self.known]))[:most]
-        return np.flatnonzero(np.isin(self.question, chosen))
+        return np.flatnonzero(np.isin(self.question, super().shuffled(most)))
 
     def only(self, keep: np.ndarray) -> Windows:
         """The windows numbered `keep`, and their questions."""
