@@ -322,7 +322,7 @@ def build_model(base: Base, kind: Kind, seed: int, random: bool = False, pooling
         fresh = partial(cls.from_config, trust_remote_code=base.trusted, dtype=torch.float32)
     if random:
         return fresh(config)
-    model = load_pretrained(cls, base, config, whole="train" not in kind.required_splits)
+    model = load_pretrained(cls, base, config, whole=not kind.trains)
     if kind.problem_type and base.config.get("problem_type") == kind.problem_type:
         kind.resume(model)
     return model
@@ -867,7 +867,7 @@ class TaskRuns:
         self.write_head(len(todo))
         self.done = self.process.on_main(self.read_done)
         for number, (start, cell) in enumerate(todo, 1):
-            settings = {name: getattr(cell, name) for name in RECORDED} if self.data.trains else {}
+            settings = {name: getattr(cell, name) for name in RECORDED} if self.data.kind.trains else {}
             if not any((run["start"], run["settings"]) == (start, settings) for run in self.done):
                 self.train(start, cell, settings, f"task:{self.data.name} run:{number}/{len(todo)} ")
         predictions = self.predict_unlabelled()
@@ -905,7 +905,7 @@ class TaskRuns:
         data, process = self.data, self.process
         data.kind.prepare(data.splits.get("train"))
         self.load(build_model(self.base, data.kind, cell.seed, start == "random weights", cell.pooling))
-        if data.trains:
+        if data.kind.trains:
             summary, predictions = Training(self.net, data, cell, process, self.log, label).run()
         else:
             summary, predictions = judge(self.net, data, process, self.log, label)
@@ -924,17 +924,17 @@ class TaskRuns:
     def compile(self) -> None:
         """On a CPU only for long training: at the micro shape, graphs pay off from some 2 million tokens on."""
         splits, first = self.data.splits, self.cells[0]
-        lengths = splits["train" if self.data.trains else self.data.dev].lengths
-        tokens = lengths.sum() * sum(cell.epochs for cell in self.cells) * len(self.starts) * self.data.trains
+        lengths = splits["train" if self.data.kind.trains else self.data.dev].lengths
+        tokens = lengths.sum() * sum(cell.epochs for cell in self.cells) * len(self.starts) * self.data.kind.trains
         pays = self.net.flex or tokens >= COMPILE_FROM
         if first.compile and self.net.kbert and pays and why_eager(self.process.device) is None:
-            batch = -(-first.batch_size // self.process.world_size) if self.data.trains else len(lengths)
+            batch = -(-first.batch_size // self.process.world_size) if self.data.kind.trains else len(lengths)
             self.net.compile(lengths, batch, max(int(split.lengths.max()) for split in splits.values()))
 
     def keep(self, run: dict, predictions: dict) -> None:
         others = [other["score"] for other in self.done if other["start"] == run["start"]]
         if run["start"] == "pretrained" and all(run["score"] > score for score in others):
-            if self.data.trains:
+            if self.data.kind.trains:
                 what = self.net.model, self.base.tokenizer, self.data.kind.finished(self.net.model)
                 save_folder(self.folder / "model", lambda into: save_model(into, *what))
             self.write_predictions(predictions)
@@ -971,7 +971,7 @@ class TaskRuns:
             if len(runs) > len(self.same_settings(start)):
                 self.log.section("grid", grid_table(runs), echo=True)
         self.log.section(f"results {self.data.name}", results_table(report["results"]), echo=True)
-        if self.data.trains:
+        if self.data.kind.trains:
             self.log.write(f"model: {self.folder / 'model'}")
         write_json(self.folder / "metrics.json", report)  # last: what has it is finished
         return report
@@ -1023,7 +1023,7 @@ class TaskRuns:
             model_name=title,
             library_name="transformers",
             license="mit" if base.kbert else None,
-            tags=["finetuned"] * self.data.trains + ["kbert"] * base.kbert,
+            tags=["finetuned"] * self.data.kind.trains + ["kbert"] * base.kbert,
             base_model=None if Path(base.name).exists() else base.name,
             pipeline_tag=kind.pipeline_tag,
             eval_results=evaluations,
@@ -1033,7 +1033,7 @@ class TaskRuns:
         said["branch"] = f', revision="{self.branch}"' if self.branch else ""
         rows = flat_results(report["results"])
         card = ModelCard.from_template(data, template_str=MODEL_CARD, rows=rows, **said)
-        folder = self.folder / "model" if self.data.trains else self.folder
+        folder = self.folder / "model" if self.data.kind.trains else self.folder
         (folder / "README.md").write_text(f"{card}\n", encoding="utf-8")
 
 
@@ -1199,7 +1199,7 @@ class Finetuner:
             if self.task in self.protocol.from_mnli:
                 base = self.open_base(self.process.on_main(lambda: mnli_model(self.out, self.base_name)))
             data = self.read(self.task, base)  # before there is a folder, which bad data would leave behind
-            if self.hub and not data.trains:
+            if self.hub and not data.kind.trains:
                 raise InputError(f"--task {self.task} trains nothing to push: drop --train.hf_model_name")
             self.open_folder(base)
             reports = {self.task: self.finetune(data, base, self.folder)}
@@ -1240,7 +1240,7 @@ class Finetuner:
     def finetune(self, data: Data, base: Base, folder: Path, branch: str | None = None) -> dict:
         """One task, whose report it returns."""
         cells = grid_of(self.protocol, data.name, self.given, self.train)
-        cells = cells if data.trains else cells[:1]  # no setting changes what is not trained
+        cells = cells if data.kind.trains else cells[:1]  # no setting changes what is not trained
         return TaskRuns(self.process, base, data, cells, folder, self.log, branch).run()
 
     def push(self, folder: Path, revision: str) -> None:

@@ -69,8 +69,8 @@ class Kind:
     head = "SequenceClassification"  # of transformers, and of model.py
     problem_type: str | None = None  # of a model's configuration
     pipeline_tag = "text-classification"
-    required_splits: tuple[str, ...] = ("train",)  # none: there is nothing to train (zero-shot)
-    label_column: str | None = None  # that these splits need beside their texts; None: --data.label
+    trains = True  # False: the base model is judged as it is (zero-shot), and no split train is needed
+    label_column: str | None = None  # that train needs beside its texts; None: --data.label
     baseline_name = "majority class"
 
     def __init__(self, task: Task, settings):
@@ -314,7 +314,7 @@ class MinimalPairs(Kind):
     metrics = ("accuracy",)
     head = "MaskedLM"
     pipeline_tag = "fill-mask"
-    required_splits = ()
+    trains = False
     baseline_name = "chance"
     masked = True
 
@@ -425,11 +425,6 @@ class Data:
     notes: list[str]  # what the reader should know about how it was read
 
     @property
-    def trains(self) -> bool:
-        """False: the base model is judged as it is (zero-shot)."""
-        return "train" in self.splits
-
-    @property
     def labelled(self) -> list[str]:
         """Splits to measure on."""
         return [split for split, content in self.splits.items() if split != "train" and content.known.any()]
@@ -468,7 +463,7 @@ def read_data(name: str, tokenizer: PreTrainedTokenizerFast, max_length: int, se
         splits, cut = kind.encode(tables, columns, tokenizer, max_length)
     if cut:
         notes.append(f"{cut} examples are longer than {max_length} tokens and were cut, the longer text first")
-    if "train" in splits:
+    if kind.trains:
         notes += leave_out_unlabelled(splits)
         notes += hold_out(splits, settings.validation, isinstance(kind, Classes))
         if settings.max_train_examples is not None:
@@ -496,10 +491,10 @@ def read_tables(kind: Kind, source: str) -> dict:
 
 
 def check_splits(kind: Kind, found: dict) -> None:
-    if missing := [split for split in kind.required_splits if split not in found]:
+    if kind.trains and "train" not in found:
         raise InputError(
-            f"the data set has no split {missing[0]}, only {', '.join(found)}: name a file {missing[0]}.parquet, "
-            f"{missing[0]}.csv or {missing[0]}.jsonl"
+            f"the data set has no split train, only {', '.join(found)}: name a file train.parquet, train.csv or "
+            "train.jsonl"
         )
 
 
@@ -510,7 +505,7 @@ def choose_columns(kind: Kind, tables: dict) -> list[str]:
     columns = [column for column in (kind.settings.text or text, kind.settings.text_pair or pair) if column]
     label = kind.label_column or kind.settings.label
     for split, rows in tables.items():
-        check_columns(split, rows, columns + ([label] if split in kind.required_splits else []))
+        check_columns(split, rows, columns + ([label] if kind.trains and split == "train" else []))
     return columns
 
 
