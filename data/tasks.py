@@ -370,11 +370,11 @@ class DetectedPairs(MinimalPairs):
 @dataclass(frozen=True)
 class Task:
     dataset: str | None  # on the Hub, or a folder; None: one's own
-    config: str | None
     columns: tuple[str, ...]  # the text, or the text and its pair
     kind: type[Kind] | None = Classes  # None: numbers where a label is a fraction, else classes
     metrics: tuple[str, ...] = ()  # runs are chosen by their mean; none: those of the kind
     classes: tuple[str, ...] = ()  # in the order of their numbers; none: found in the data
+    config: str | None = None  # of a set on the Hub that has several, or a folder
     bounds: tuple[float, float] = (-math.inf, math.inf)  # of a number
     unanswerable: bool = False  # whether a question may have no answer
     diagnostic: str | None = None  # a configuration whose test split is predicted too
@@ -385,7 +385,7 @@ class Task:
 
 def glue(config: str, columns: str, classes: str = "", metrics: str = "accuracy", file: str = "", **more) -> Task:
     said = {"metrics": tuple(metrics.split()), "classes": tuple(classes.split()), "files": {"test": file}}
-    return Task("nyu-mll/glue", config, tuple(columns.split()), **(said | more))
+    return Task("nyu-mll/glue", tuple(columns.split()), config=config, **(said | more))
 
 
 MNLI_FILES = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm", "ax": "AX"}
@@ -400,14 +400,12 @@ TASKS = {  # in the order that --task glue runs them: MNLI first, for those that
     "mrpc": glue("mrpc", "sentence1 sentence2", "not_equivalent equivalent", "accuracy f1", "MRPC", by_number=True),
     "rte": glue("rte", "sentence1 sentence2", "entailment not_entailment", file="RTE"),
     "wnli": glue("wnli", "sentence1 sentence2", "not_entailment entailment", file="WNLI", by_number=True),
-    "imdb": Task(
-        "stanfordnlp/imdb", None, ("text",), metrics=("accuracy",), classes=("neg", "pos"), unused=("unsupervised",)
-    ),
-    "squad": Task("rajpurkar/squad", None, ("question", "context"), Span),
-    "squad_v2": Task("rajpurkar/squad_v2", None, ("question", "context"), Span, unanswerable=True),
-    "pairs": Task("data/sample/pairs", None, ("text", "text_pair"), metrics=("accuracy",), classes=PAIR_CLASSES),
-    "blimp": Task("nyu-mll/blimp", None, ("sentence_good", "sentence_bad"), MinimalPairs),
-    "custom": Task(None, None, ("text",), kind=None),
+    "imdb": Task("stanfordnlp/imdb", ("text",), Classes, ("accuracy",), ("neg", "pos"), unused=("unsupervised",)),
+    "squad": Task("rajpurkar/squad", ("question", "context"), Span),
+    "squad_v2": Task("rajpurkar/squad_v2", ("question", "context"), Span, unanswerable=True),
+    "pairs": Task("data/sample/pairs", ("text", "text_pair"), Classes, ("accuracy",), PAIR_CLASSES),
+    "blimp": Task("nyu-mll/blimp", ("sentence_good", "sentence_bad"), MinimalPairs),
+    "custom": Task(None, ("text",), kind=None),
 }
 GLUE = ("mnli", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "rte")  # WNLI is left out, as everywhere
 
