@@ -527,8 +527,10 @@ def leave_out_unlabelled(splits: dict[str, Split]) -> list[str]:
     return [f"{missing} examples of train have no label and are left out"]
 
 
-def is_validation(split: str) -> bool:
-    return re.match("(validation|valid|val|dev)(?![a-z])", split) is not None
+def validations(splits: dict[str, Split]) -> list[str]:
+    """The labelled splits that are called so."""
+    called = [split for split in splits if re.match("(validation|valid|val|dev)(?![a-z])", split)]
+    return [split for split in called if splits[split].known.any()]
 
 
 def hold_out(splits: dict[str, Split], validation: str | None, classes: bool) -> list[str]:
@@ -536,7 +538,7 @@ def hold_out(splits: dict[str, Split], validation: str | None, classes: bool) ->
 
     classes: whether labels are classes.
     """
-    if any(split == validation or is_validation(split) and content.known.any() for split, content in splits.items()):
+    if validation in splits or validations(splits):
         return []
     train = splits["train"]
     if train.examples < 2:
@@ -558,9 +560,8 @@ def choose_dev(splits: dict[str, Split], validation: str | None) -> str:
         raise InputError("--data.validation train: a model cannot be chosen by what it learned; leave it out")
     if validation == "validation" and HELD_OUT in splits:
         validation = HELD_OUT
-    named = [split for split in splits if is_validation(split) and splits[split].known.any()]
-    others = [split for split in splits if split != "train"]
-    dev = validation or next(split for split in ("validation", *named, *others) if split in (named or others))
+    found = validations(splits) or [split for split in splits if split != "train"]
+    dev = validation or ("validation" if "validation" in found else found[0])
     if dev not in splits or not splits[dev].known.any():
         raise InputError(
             f"no labelled split {dev} to choose by: the splits are {', '.join(splits)}; choose with --data.validation"
