@@ -248,33 +248,30 @@ class Base:
 
 def newest_run(out: Path, preset: str) -> Path:
     """model/ of the newest finished pretraining run; with preset micro, of micro runs only."""
-    found = []
+    found, pretrained = [], {"KBERTForMaskedLM", "KBERTForReplacedTokenDetection"}
     for path in out.glob("*/model/config.json"):
-        pretrained = {"KBERTForMaskedLM", "KBERTForReplacedTokenDetection"}
-        pretrained &= set(read_json(path).get("architectures") or [])
-        if pretrained and preset in ("base", read_settings(path.parents[1]).get("preset")):
+        ours = pretrained & set(read_json(path).get("architectures") or [])
+        if ours and preset in ("base", read_settings(path.parents[1]).get("preset")):
             found.append(path)
     if not found:
         raise InputError(
             f"no finished {'micro ' if preset == 'micro' else ''}pretraining run under {out}/: pretrain with "
             f"`torchrun --standalone --nproc_per_node=1 trainer.py --preset {preset}`, or give --train.base_model"
         )
-    return max(found, key=lambda path: path.stat().st_mtime).parent
+    return max(found, key=os.path.getmtime).parent
 
 
 def mnli_model(out: Path, base: str) -> str:
     """model/ of the newest finished MNLI run from the same base model."""
-    found = []
-    for path in [*out.glob("*/metrics.json"), *out.glob("*/mnli/metrics.json")]:
-        report = read_json(path)
-        if (report.get("task"), report.get("base_model")) == ("mnli", base):
-            found.append(path)
+    reports = [*out.glob("*/metrics.json"), *out.glob("*/mnli/metrics.json")]
+    wanted = {"task": "mnli", "base_model": base}
+    found = [path for path in reports if wanted.items() <= read_json(path).items()]
     if not found:
         raise InputError(
             f"this protocol starts from the MNLI model of {base}, and {out}/ has none: "
             "run finetuner.py --task mnli first, with the same --train.base_model"
         )
-    return str(max(found, key=lambda path: path.stat().st_mtime).parent / "model")
+    return str(max(found, key=os.path.getmtime).parent / "model")
 
 
 def open_base(name: str, max_length: int | None, trusted: bool = False) -> Base:
@@ -1157,7 +1154,7 @@ def claim_folder(train: FinetuneConfig, settings: dict, task: str) -> Path:
         if taken:
             return folder
         if same and train.run_name is None:
-            return max(same, key=lambda path: path.stat().st_mtime)
+            return max(same, key=os.path.getmtime)
         which = folder if train.run_name else f"of these settings, from {settings['train']['base_model']}"
         print(f"no unfinished run {which}: starting {folder}")
     elif taken:
