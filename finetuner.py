@@ -791,8 +791,7 @@ class Training:
             return
         seconds = self.clock.seconds
         line = log_line(step, self.steps, seconds, self.label, epoch=step / self.per_epoch, **values)
-        run = self.label.strip()
-        self.log.step(line, "dev_score" in values, run=run, step=step, seconds=seconds, **values)
+        self.log.step(line, "dev_score" in values, run=self.label.strip(), step=step, seconds=seconds, **values)
 
 
 def judge(net: Network, data: Data, process: Process, log: RunLog | None, label: str) -> tuple[dict, dict]:
@@ -1028,8 +1027,7 @@ class TaskRuns:
         settings = ", ".join(f"{name} {value}" for name, value in report["model"]["settings"].items())
         said = {"title": title, "base": base.title, "head": kind.head, "settings": settings, "report": report}
         said["branch"] = f', revision="{self.branch}"' if self.branch else ""
-        rows = flat_results(report["results"])
-        card = ModelCard.from_template(data, template_str=MODEL_CARD, rows=rows, **said)
+        card = ModelCard.from_template(data, template_str=MODEL_CARD, rows=flat_results(report["results"]), **said)
         folder = self.folder / "model" if self.data.kind.trains else self.folder
         (folder / "README.md").write_text(f"{card}\n", encoding="utf-8")
 
