@@ -330,10 +330,9 @@ def load_pretrained(cls: type, base: Base, config: PretrainedConfig, whole: bool
 
     whole: the head must be there too.
     """
-    how = {"ignore_mismatched_sizes": True, "dtype": torch.float32, "output_loading_info": True}
-    how |= {} if base.kbert else {"trust_remote_code": base.trusted}
+    how = {"config": config, "trust_remote_code": base.trusted, "dtype": torch.float32}
     try:
-        model, loading = cls.from_pretrained(base.name, config=config, **how)
+        model, loading = cls.from_pretrained(base.name, **how, ignore_mismatched_sizes=True, output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
             f"cannot load the weights of {base.name} ({first_line(error)}): give --train.base_model a finished model"
@@ -403,10 +402,9 @@ class Network:
         self.row_examples = most if kind.head == "MaskedLM" else math.inf
         self.compiled_sizes: list[int] = []
         self.flex = compiled_backend(device) == "flex"
-        if self.kbert:
-            logits = {"SequenceClassification": self.text_logits, "QuestionAnswering": self.span_logits}
-            logits |= {"MaskedLM": self.token_logits, "ReplacedTokenDetection": self.detector_logits}
-            self.packed_logits = logits[kind.head]
+        logits = {"SequenceClassification": self.text_logits, "QuestionAnswering": self.span_logits}
+        logits |= {"MaskedLM": self.token_logits, "ReplacedTokenDetection": self.detector_logits}
+        self.packed_logits = logits[kind.head]
 
     def compile(self, lengths: np.ndarray, batch: int, longest: int) -> None:
         """Picks two sizes to pad rows to, with a graph for each, to suit batches of `batch` examples of these lengths.
