@@ -298,8 +298,7 @@ def encode_texts(
 ) -> tuple[Split, int]:
     """The split, and how many examples were cut, the longer text first."""
     tokens, segments, cut = [], [], 0
-    for start in range(0, len(rows), 1000):
-        batch = rows[start : start + 1000]
+    for batch in rows.iter(batch_size=1000):
         encoded = tokenizer(*texts_of(batch, columns), truncation=True, max_length=max_length)
         tokens += [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
         segments += [np.array(ids, dtype=np.int8) for ids in encoded.get("token_type_ids", [])]
