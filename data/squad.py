@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import math
 import re
 import string
@@ -169,7 +168,7 @@ def best_answers(outputs: list, windows: Windows) -> tuple[list[list[dict]], np.
         by_text = {}  # neighbouring windows find the same text: its best score counts
         for score, first, end in sorted(answers, key=lambda answer: -answer[0]):
             by_text.setdefault(context[first:end], score)
-        best = [{"text": text, "score": score} for text, score in itertools.islice(by_text.items(), N_BEST)]
+        best = [{"text": text, "score": score} for text, score in by_text.items()][:N_BEST]
         ranked.append(best or [{"text": "", "score": -math.inf}])
     return ranked, np.array([none - answers[0]["score"] for none, answers in zip(null, ranked)])
 
