@@ -1139,9 +1139,8 @@ def claim_folder(train: FinetuneConfig, settings: dict, task: str) -> Path:
     folder = out / (train.run_name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{task}")
     taken = (folder / "config.yaml").exists()
     if train.resume:
-        runs = [path.parent for path in out.glob("*/config.yaml")]
-        unfinished = [run for run in runs if not is_finished(run, "metrics.json")]
-        same = [path for path in unfinished if alike(read_settings(path)) == alike(settings)]
+        unfinished = [run for run in out.glob("*") if not is_finished(run, "metrics.json")]
+        same = [run for run in unfinished if alike(read_settings(run)) == alike(settings)]
         if taken and folder not in same:
             raise InputError(
                 f"{folder} is finished or was made with other settings: resume with those, "
