@@ -701,8 +701,7 @@ class Training:
         else:
             self.update = adamw_step(net.model, train, process)
         net.warm_up(training=True)
-        self.examples = len(self.split.ends)
-        self.per_epoch = -(-self.examples // train.batch_size)
+        self.per_epoch = -(-len(self.split.ends) // train.batch_size)
         self.steps = max(1, round(train.epochs * self.per_epoch))
         self.clock, self.losses = Clock(process.device), []
         self.best_score, self.best_step, self.best_weights, self.waited = -math.inf, self.steps, None, 0
@@ -740,7 +739,7 @@ class Training:
         net, train, process, lengths = self.net, self.train, self.process, self.split.lengths
         epoch, number = divmod(step - 1, self.per_epoch)
         if number == 0:
-            self.order = np.random.default_rng([train.seed, epoch]).permutation(self.examples)
+            self.order = np.random.default_rng([train.seed, epoch]).permutation(len(self.split.ends))
         batch = self.order[number * train.batch_size : (number + 1) * train.batch_size]
         batch = batch[np.argsort(lengths[batch], kind="stable")]  # so that ranks get equal work
         factor = lr_factor(step / (self.steps + 1), train)
