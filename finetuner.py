@@ -1202,12 +1202,10 @@ class Finetuner:
         return self.process.on_main(lambda: open_base(name, self.data.max_length, self.train.trust_remote_code))
 
     def read(self, task: str, base: Base) -> Data:
-        data = self.data
-        if task == "pairs" and data.dataset is None:
-            sample = locate_data(SAMPLE, self.process)
-            data = dataclasses.replace(data, dataset=str(sample / "pairs"))
+        if task == "pairs" and self.data.dataset is None:
+            self.data.dataset = str(locate_data(SAMPLE, self.process) / "pairs")
         detector = "KBERTForReplacedTokenDetection" in (base.config.get("architectures") or ())
-        return self.process.on_main(lambda: read_data(task, base.tokenizer, base.max_length, data, detector))
+        return self.process.on_main(lambda: read_data(task, base.tokenizer, base.max_length, self.data, detector))
 
     def open_folder(self, base: Base) -> None:
         """And the log, which opens with what is started from: base."""
