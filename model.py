@@ -474,6 +474,8 @@ class KBERTForMaskedLM(KBERTPreTrainedModel):
     _tied_weights_keys = {"lm_head.weight": "encoder.embed.weight"}
 
     def __init__(self, config: KBERTConfig):
+        if "KBERTForReplacedTokenDetection" in (config.architectures or ()):  # its embedding would pass for a head
+            raise ValueError("this KBERT detects replaced words and predicts none: load the generator beside it")
         super().__init__(config)
         self.encoder = KBERTModel(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)

@@ -352,7 +352,9 @@ class MinimalPairs(Kind):
 class DetectedPairs(MinimalPairs):
     """By a detector of replaced tokens, which reads a sentence as it is: how likely each token is the text's own."""
 
+    name = "minimal pairs, scored by a detector"
     head = "ReplacedTokenDetection"
+    pipeline_tag = "feature-extraction"
     masked = False
 
     def keep(self, logits: Tensor, split: Pairs, row: np.ndarray) -> list:
@@ -449,6 +451,7 @@ def read_data(name: str, tokenizer: PreTrainedTokenizerFast, max_length: int, se
     kind = (task.kind or Classes)(task, settings)
     if detector and task.kind is MinimalPairs:
         kind = DetectedPairs(task, settings)
+        notes.append("scored by a detector of replaced words: no pseudo-log-likelihood, as of a masked language model")
     if (Path(source) / "manifest.json").exists():
         splits, names, cut = read_shards(Path(source), tokenizer, max_length)
         check_splits(kind, splits)
@@ -459,6 +462,7 @@ def read_data(name: str, tokenizer: PreTrainedTokenizerFast, max_length: int, se
         if task.kind is None and has_fractions(tables, settings.label):
             kind = Number(task, settings)
         splits, cut = kind.encode(tables, columns, tokenizer, max_length)
+        notes += count_blank(splits, tokenizer.num_special_tokens_to_add(pair=len(columns) > 1))
     if cut:
         notes.append(f"{cut} examples are longer than {max_length} tokens and were cut, the longer text first")
     if kind.trains:
@@ -516,15 +520,30 @@ def has_fractions(tables: dict, column: str) -> bool:
 HELD_OUT = "validation_held_out"  # the split that is made where there is none to choose by
 
 
+def count_blank(splits: dict[str, Split], specials: int) -> list[str]:
+    """Notes of the splits that have examples of no more than the `specials` tokens around a text."""
+    notes = []
+    for split, content in splits.items():
+        blank = int((content.lengths <= specials).sum())
+        if split == "train" and blank == len(content.lengths):
+            raise InputError("no example of train has a text: check --data.text")
+        notes += [f"{blank} examples of {split} have no text"] if blank else []
+    return notes
+
+
 def leave_out_unlabelled(splits: dict[str, Split]) -> list[str]:
-    """Keeps the labelled examples of train; returns a note of the others."""
-    train = splits["train"]
-    if not (missing := int((~train.known).sum())):
-        return []
-    if not train.known.any():
-        raise InputError("no example of train has a label: check --data.label")
-    splits["train"] = train.only(np.flatnonzero(train.known))
-    return [f"{missing} examples of train have no label and are left out"]
+    """Keeps the labelled examples of train; returns a note of those without a label, and of other splits'."""
+    notes = []
+    for split, content in splits.items():
+        missing = int((~content.known).sum())
+        if split == "train" and missing:
+            if missing == len(content.known):
+                raise InputError("no example of train has a label: check --data.label")
+            splits[split] = content.only(np.flatnonzero(content.known))
+            notes.append(f"{missing} examples of train have no label and are left out")
+        elif 0 < missing < len(content.known):
+            notes.append(f"{missing} examples of {split} have no label and are not scored")
+    return notes
 
 
 def validations(splits: dict[str, Split]) -> list[str]:

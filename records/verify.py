@@ -564,6 +564,8 @@ def check_track(log: Log, track: dict) -> Iterator[str]:
     objective = log.named("config", "train").get("objective", "mlm")
     if track["target"]["metric"] == "val_loss" and objective != "mlm":
         yield f"{at(log, 'config')}: the track's target is the val_loss of mlm; that of {objective} is its generator's"
+    if track["target"]["metric"] == "blimp" and objective != "mlm":
+        yield f"{at(log, 'config')}: the track's target is the BLiMP score of a masked LM; {objective} makes none"
     if not is_plain(device := log.named("environment", "device")):
         yield f"{at(log, 'environment')}: device is {device!r}, which has | < > [ ] or line ends, as no table can"
     for name, value in track["hardware"].items():

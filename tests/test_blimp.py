@@ -145,7 +145,10 @@ def test_a_detector_judges_by_its_own_scores(word_tokenizer, pairs, tmp_path):
     """How likely it finds each token to be the text's own, summed up in a plain loop."""
     make = functools.partial(tiny, KBERTForReplacedTokenDetection, vocab_size=VOCABULARY, **IDS)
     base = save(tmp_path / "base", word_tokenizer, "detector", make)
-    found = predictions_of(judge(base, tmp_path, pairs))
+    run = judge(base, tmp_path, pairs)
+    report = json.loads((run / "metrics.json").read_text())
+    assert "scored by a detector" in report["kind"] and "no pseudo-log-likelihood" in " ".join(report["notes"])
+    found = predictions_of(run)
     model, tokenizer = make(), AutoTokenizer.from_pretrained(base)
     assert len(found) == 24 and len({row["score_good"] for row in found}) > 20
     for row in found:

@@ -657,6 +657,21 @@ def test_what_is_held_out_keeps_its_place_and_leaves_every_class(base, tokenizer
             assert data.kind.classes[label] == rows[place]["label"]
 
 
+def test_what_has_no_text_or_no_label_is_said(tmp_path, tokenizer):
+    def notes(texts: list, labels: list) -> list[str]:
+        rows = [{"text": text, "label": label} for text, label in zip(texts, labels)]
+        write_jsonl(tmp_path, train=rows, validation=rows)
+        return read_data("custom", tokenizer, 64, DataConfig(dataset=str(tmp_path))).notes
+
+    said = ["1 examples of train have no text", "1 examples of validation have no text"]
+    said += ["2 examples of train have no label and are left out"]
+    said += ["2 examples of validation have no label and are not scored"]
+    assert notes(["good film", None, "bad film", "a film"] * 1 + ["good"] * 2, ["1", "1", "0", "0", None, None]) == said
+    assert notes(["good film", "bad film"] * 4, ["1", "0"] * 4) == []
+    with pytest.raises(InputError, match="no example of train has a text: check --data.text"):
+        notes([None, ""] * 4, ["1", "0"] * 4)
+
+
 def test_a_column_has_one_type_over_the_whole_file(tmp_path, tokenizer):
     """However late the label comes that says which."""
 

@@ -193,6 +193,8 @@ def test_what_is_saved_opens_as_other_models_do(detected):
     expected = F.binary_cross_entropy_with_logits(out.logits[0, 1:4], labels[0, 1:4].float())
     torch.testing.assert_close(out.loss, expected)
     assert not torch.equal(detector.get_input_embeddings().weight, generator.get_input_embeddings().weight)
+    with pytest.raises(ValueError, match="detects replaced words and predicts none: load the generator beside it"):
+        AutoModelForMaskedLM.from_pretrained(detected / "model", trust_remote_code=True)
 
 
 def test_a_detector_is_found_and_finetuned_and_its_generator_fills_masks(word_tokenizer, tmp_path):

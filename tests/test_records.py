@@ -947,6 +947,11 @@ def test_more_text_than_the_track_allows(by_blimp, limit, value):
     assert any(problem.endswith(f"{limit}, the track allows {value}") for problem in verify(by_blimp))
 
 
+def test_a_detector_has_no_score_of_a_masked_lm(by_blimp):
+    change(by_blimp / "logs" / "1.txt", in_section("config", "train.objective", "rtd"))
+    assert any("the BLiMP score of a masked LM; rtd makes none" in problem for problem in verify(by_blimp))
+
+
 def test_not_cheaper(by_blimp):
     before = next(by_blimp.parent.glob("*_before"))
     for log in (*before.glob("logs/*.txt"), *before.glob("finetuned/*.txt")):
