@@ -114,10 +114,10 @@ def read_manifest(directory: Path) -> dict:
     """
     path = directory / "manifest.json"
     if not path.exists():
-        raise InputError(
-            f"no manifest.json in {directory}: run `python data/download_fineweb_edu.py --num_chunks 10 --out "
-            f"{directory}`, or pack your own text with `python data/pack_fineweb_edu.py --out {directory} ...`"
-        )
+        how = f"pack your text with `python data/pack_fineweb_edu.py --out {directory} ...`"
+        if directory == Path("data/fineweb_edu"):
+            how = f"run `python data/download_fineweb_edu.py --num_chunks 10`, or {how}"
+        raise InputError(f"no manifest.json in {directory}: {how}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         check_manifest(manifest)
@@ -420,8 +420,8 @@ class Loader:
         shards = [directory / name for name, entry in manifest["shards"].items() if entry["split"] == split]
         if not shards:
             raise InputError(
-                f"{directory / 'manifest.json'} lists no {split} shards: pack more text into another --out with "
-                "data/pack_fineweb_edu.py, or with a larger --valid_fraction"
+                f"{directory / 'manifest.json'} lists no {split} shards: pack it into another --out with "
+                f"data/pack_fineweb_edu.py, with more text, smaller documents or a larger --{split}_fraction"
             )
         self.specials, self.row_tokens, self.rows_ahead = manifest["tokenizer"], row_tokens, rows_ahead
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)

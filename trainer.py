@@ -216,7 +216,8 @@ PRESETS["babylm"] = {  # micro's model and rates, found on runs a hundredth as l
     # The rules of the strict-small track: at most ten passes and 100M words, and a model after each of these
     "train.epochs": 10,
     "train.max_words": 100e6,
-    "train.save_words": tuple(n * 1e6 for n in (*range(1, 11), *range(20, 101, 10))),
+    # The strict track, of up to 1,000M, asks for those after 100M too
+    "train.save_words": tuple(n * 1e6 for n in (*range(1, 11), *range(20, 101, 10), *range(200, 1001, 100))),
     "train.valid_every": 1000,
     "train.save_every": 1000,
     "train.log_every": 50,  # three logs of ten passes fit into a record's 2 MB
@@ -660,11 +661,12 @@ class HubPusher:
         self.pending: list[tuple[Path, str, Future]] = []
 
     def check(self) -> None:
-        """Checks token and name before training starts. Raises InputError."""
+        """Checks token and name before training starts, and which branches there are. Raises InputError."""
         try:
             self.set_timeout()
             self.api.whoami()
             self.api.create_repo(self.name, exist_ok=True)
+            self.branches = {branch.name for branch in self.api.list_repo_refs(self.name).branches}
         except Exception as error:  # whatever the Hub or the network has to say
             raise InputError(
                 f"cannot push to {self.name} on the Hugging Face Hub ({type(error).__name__}: {self.why(error)}): "
@@ -886,7 +888,8 @@ class Run:
         train, out = self.train, Path(self.train.out)
         folder = out / (train.run_name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{self.preset}")
         if train.resume == "auto" and is_finished(folder):
-            said = [f"{folder} is finished: to train on, give --train.resume one of its checkpoints"]
+            resume = "give --train.resume one of its checkpoints" if checkpoints_of(folder) else "start another run"
+            said = [f"{folder} is finished: to train on, {resume}"]
             if self.hub:
                 said += [self.hub.how_to_push(path, path.name) for path in unpushed(folder)]
             raise RunFinished("\n".join(said))
@@ -915,9 +918,12 @@ class Run:
         return checkpoint, folder, saved
 
     def open_hub(self) -> None:
-        """Also pushes what a killed run left."""
+        """Also pushes what a killed run left, and models of save_words from before it had a repository."""
         self.hub.check()
-        for path in unpushed(self.folder):
+        waiting = unpushed(self.folder)
+        there = self.hub.branches | {path.name for path in waiting}
+        kept = [path for path in self.folder.glob("words/chck_*M") if path.name not in there]
+        for path in [*waiting, *kept]:
             self.hub.push(path, path.name)
 
     def build_model(self) -> None:
@@ -1012,6 +1018,11 @@ class Run:
                 f"--train.epochs and --train.max_words leave {most:,.0f} tokens of text, less than the {step:,} that a "
                 "step may have: lower --train.batch_tokens, --train.row_tokens or --train.grad_accum"
             )
+        if self.work.text > most:
+            raise InputError(
+                f"{self.checkpoint} has been shown {self.work.text:,} tokens of text, more than the {most:,.0f} that "
+                "--train.epochs and --train.max_words allow: resume with larger ones, or an earlier checkpoint"
+            )
         return most - step
 
     def resolved(self) -> dict:
@@ -1045,6 +1056,9 @@ class Run:
             self.log.section("saved", str(self.checkpoint))
         if self.checkpoint:
             self.log.section("resumed", "\n".join([self.checkpoint.name, *self.changes()]), echo=True)
+            for count in train.save_words:
+                if count <= self.words and not self.words_folder(count).exists():
+                    self.log.write(f"note: {self.words:,.0f} words were shown before: none is kept after {count:,.0f}")
         return continues
 
     def changes(self) -> list[str]:
@@ -1244,7 +1258,10 @@ class Run:
             if above < count <= upto:
                 self.clock.stop()
                 self.check_weights()
-                self.process.on_main(partial(self.keep_model, self.folder / "words" / f"chck_{count / 1e6:g}M"))
+                self.process.on_main(partial(self.keep_model, self.words_folder(count)))
+
+    def words_folder(self, count: float) -> Path:
+        return self.folder / "words" / f"chck_{count / 1e6:g}M"
 
     def keep_model(self, folder: Path) -> None:
         save_folder(folder, self.write_parts)
@@ -1509,6 +1526,11 @@ def main(argv: list[str] | None = None) -> None:
 def train_to_the_end(run_class: type[Run], settings: dict, argv: list[str], code: dict[str, str]) -> None:
     """Arguments as for Run. Ctrl-C saves, then exits with 130."""
     train = settings["train"]
+    given = {text.split("=")[0] for text in argv}
+    ends = [f"--train.{name}" for name in ("max_minutes", "epochs", "max_words") if train[name] is not None]
+    if "--train.steps" in given and ends and not given & set(ends):  # a preset's
+        nones = " ".join(f"{name} none" for name in ends)
+        raise InputError(f"--train.steps has no effect beside {' and '.join(ends)}: leave it out, or add {nones}")
     with join_processes(train["device"], train["timeout_minutes"]) as process:
         try:
             run = run_class(process, settings, argv, code)

@@ -218,7 +218,9 @@ def pack_source(args: argparse.Namespace, part: int, parts: int, tokenizer: dict
         path.unlink(missing_ok=True)
     for split, fraction in zip(("valid", "test"), fractions):
         if fraction > 0 and not any(entry["split"] == split for entry in writer.shards.values()):
-            print(f"no document fell to {split}: pack more text, or raise --{split}_fraction", file=sys.stderr)
+            count = sum(entry["documents"] for entry in writer.shards.values())
+            how = f"pack more text, raise --{split}_fraction, or make smaller documents (--sample_by, --join_lines)"
+            print(f"none of {count:,} documents fell to {split}: {how}", file=sys.stderr)
 
 
 def main() -> None:

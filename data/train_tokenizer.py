@@ -36,13 +36,35 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 @contextlib.contextmanager
-def reading(what: str):
-    """Turns what goes wrong while reading, an error of any of half a dozen libraries, into one sentence."""
+def reading(what: str, patterns: list[str] | None = None):
+    """Turns what goes wrong while reading, an error of any of half a dozen libraries, into one sentence.
+
+    patterns: of the files that are read.
+    """
     try:
         yield
+    except UnicodeDecodeError as error:
+        name = next((file for file in matching(patterns or []) if not is_utf8(Path(file))), what)
+        how = f"`iconv -f latin1 -t utf-8 {name}`, if it is latin1"
+        raise InputError(f"{name} is not UTF-8 ({error.reason}): convert it, by {how}") from error
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"cannot read {what}: {reason[:300]}") from error
+
+
+def matching(patterns: list[str]) -> list[str]:
+    return sorted({file for pattern in patterns for file in glob.glob(pattern, recursive=True)})
+
+
+def is_utf8(path: Path) -> bool:
+    opened = COMPRESSIONS[path.suffix].open if path.suffix in COMPRESSIONS else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            for _ in file:
+                pass
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,14 +110,15 @@ def open_source(args: argparse.Namespace):
     from huggingface_hub import HfApi
 
     if args.files:
-        files = sorted({file for pattern in args.files for file in glob.glob(pattern, recursive=True)})
+        files = matching(args.files)
         if not files:
             raise InputError(f"no file matches --files {' '.join(args.files)}")
-        kinds = {next((s for s in reversed(Path(file).suffixes) if s in READERS), "another") for file in files}
-        if len(kinds) > 1 or not kinds <= set(READERS):
-            found = ", ".join(sorted(kinds))
-            raise InputError(f"--files must be all of one type out of {', '.join(READERS)}, found {found}")
-        reader = READERS[kinds.pop()]
+        kinds = {next((s for s in reversed(Path(file).suffixes) if s in READERS), None): file for file in files}
+        if None in kinds:
+            raise InputError(f"--files: {kinds[None]} does not end in any of {', '.join(READERS)}: rename it")
+        if len(kinds) > 1:
+            raise InputError(f"--files must be all of one type, found {' and '.join(sorted(kinds))}")
+        (reader,) = map(READERS.get, kinds)
         options = {"sample_by": "line" if args.join_lines else args.sample_by} if reader == "text" else {}
         with reading(f"--files {' '.join(args.files)}"):
             stream = load_dataset(reader, data_files=files, split="train", streaming=True, **options)
@@ -109,7 +132,7 @@ def open_source(args: argparse.Namespace):
         source = {"dataset": args.dataset, "name": name, "revision": revision}
         splits = stream.info.splits or {}
         sizes = [splits["train"].num_bytes / stream.num_shards if "train" in splits else 1] * stream.num_shards
-    with reading("the data's first row"):
+    with reading("the data's first row", args.files):
         columns = stream.column_names or list(next(iter(stream)))
     if args.text_field not in columns:
         raise InputError(f"the data has no column {args.text_field!r}: choose --text_field out of {', '.join(columns)}")
@@ -144,7 +167,7 @@ def read_texts(stream, sizes: list[float], args: argparse.Namespace, part=0, par
     while open_lanes := [i for i in range(num_lanes) if not position[i]["ended"]]:
         together = [i for i in open_lanes if i // LANES == open_lanes[0] // LANES]
         i = min(together, key=lambda i: position[i]["characters"] / weights[i])
-        with reading("the next texts"):
+        with reading("the next texts", args.files):
             table = next(tables[i], None)
         position[i]["ended"] = table is None
         found = [] if table is None else written_texts(table[args.text_field].to_pylist(), args.text_field)
@@ -174,8 +197,9 @@ def written_texts(values: list, text_field: str) -> list[str]:
 def join(lines: list[str], words: int, whole: bool) -> tuple[list[str], list[str]]:
     """Documents of successive lines, each ended by the line that brings it to `words`, and the lines left over.
 
-    whole: no more lines follow, so that what is left over is a document too.
+    A longer line is cut into several. whole: no more lines follow, so that what is left over is a document too.
     """
+    lines = [part for line in lines for part in cut(line, words)]
     documents, start, count = [], 0, 0
     for end, line in enumerate(lines, 1):
         count += len(line.split())
@@ -183,6 +207,11 @@ def join(lines: list[str], words: int, whole: bool) -> tuple[list[str], list[str
             documents.append("\n".join(lines[start:end]))
             start, count = end, 0
     return documents, lines[start:]
+
+
+def cut(line: str, words: int) -> list[str]:
+    found = line.split()
+    return [line] if len(found) <= words else [" ".join(found[i : i + words]) for i in range(0, len(found), words)]
 
 
 def digest_of(text: str) -> bytes:
@@ -241,9 +270,11 @@ def bring_tokenizer(name: str, out: Path, max_vocab_size: int = MAX_VOCAB_SIZE):
         raise InputError(f"{name} has no {kinds} token: choose another, or run `python data/train_tokenizer.py`")
     backend = backend_of(tokenizer)
     written = backend.encode(" ".join(tokenizer.all_special_tokens), add_special_tokens=False).ids
-    if set(written) & {ids["cls"], ids["sep"], ids["mask"]}:
+    if taken := set(written) & {ids["cls"], ids["sep"], ids["mask"]}:
+        token = tokenizer.convert_ids_to_tokens(min(taken))
         raise InputError(
-            f"{name} makes a special token of the text '[MASK]' even when told not to: choose another tokenizer"
+            f"{name} makes a special token of the text {token!r} even when told not to: choose another tokenizer, or "
+            "run `python data/train_tokenizer.py`"
         )
 
     (out / "tokenizer").mkdir(parents=True, exist_ok=True)

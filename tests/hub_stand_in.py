@@ -164,6 +164,9 @@ class Handler(BaseHTTPRequestHandler):
             start = self.find(branches, json.loads(body or b"{}").get("startingPoint") or "main")
             branches[rest] = {"sha": start["sha"], "files": dict(start["files"])}
             return self.answer({})
+        if action == "refs":
+            refs = [{"name": b, "ref": f"refs/heads/{b}", "targetCommit": head["sha"]} for b, head in branches.items()]
+            return self.answer({"branches": refs, "converts": [], "tags": []})
         revision, _, folder = rest.partition("/") if action in ("tree", "commit", "paths-info") else (rest, "", "")
         head = self.find(branches, revision)
         if head is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import trainer
-from conftest import ROOT, TINY_SHAPE, as_flags, flags, in_section, lines, metrics_of, run_python, story
+from conftest import ROOT, TINY, TINY_SHAPE, as_flags, flags, in_section, lines, metrics_of, run_python, story
 from dataloading import InputError, count_text, data_hash, read_manifest
 from hub_stand_in import Hub
 from records.log import read_log
@@ -115,6 +115,36 @@ def test_a_run_that_ends_for_another_reason_keeps_no_model_of_words_it_did_not_s
     assert 0.95 * 1500 < shown < 1500 and [path.name for path in (tmp_path / "run" / "words").iterdir()] == [
         "chck_0.0005M"
     ]
+
+
+def test_resumed_with_other_counts_of_words(counted, tmp_path):
+    trainer.main(flags(counted, tmp_path, "run", "--train.max_words 8000 --train.save_words none --train.save_every 4"))
+    last = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    again = ("--train.save_every 4 --train.resume", last)
+    with pytest.raises(InputError, match="step-0.* has been shown .* tokens of text, more than the 6,000 that"):
+        trainer.main(flags(counted, tmp_path, "run", *again, "--train.max_words 3000"))
+    trainer.main(flags(counted, tmp_path, "run", *again, "--train.max_words 12000 --train.save_words 2000,10000"))
+    assert [path.name for path in (tmp_path / "run" / "words").iterdir()] == ["chck_0.01M"]
+    assert "words were shown before: none is kept after 2,000\n" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_models_kept_before_there_was_a_repository_are_pushed(counted, tmp_path):
+    run = {"data.dir": counted, "train.max_words": 8000, "train.save_words": "1000,5000", "train.save_every": 4}
+    run = as_flags(TINY | TINY_SHAPE | run | {"train.out": tmp_path, "train.run_name": "run"})
+    assert run_python("trainer.py", *run).returncode == 0
+    log = tmp_path / "run" / "log.txt"
+    log.write_text(log.read_text().split("=== result\n")[0])  # as if killed at the end
+    with Hub() as hub:
+        again = [*run, "--train.resume", "auto", "--train.hf_model_name", "me/baby"]
+        ended = run_python("trainer.py", *again, env=hub.environment(tmp_path / "home"))
+        assert ended.returncode == 0, ended.stderr
+        assert {"chck_0.001M", "chck_0.005M", "main"} <= set(hub.repos["model", "me/baby"])
+        assert "model.safetensors" in hub.files("model", "me/baby", "chck_0.001M")
+
+
+def test_steps_beside_a_presets_words(tmp_path):
+    with pytest.raises(InputError, match="--train.steps has no effect beside --train.epochs and --train.max_words: "):
+        trainer.main(["--preset", "babylm", "--train.steps", "2", "--train.out", str(tmp_path)])
 
 
 def test_resumed_by_words_as_if_never_stopped(counted, tmp_path):

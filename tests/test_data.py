@@ -27,7 +27,7 @@ import pyarrow.parquet
 import pytest
 
 from data import make_sample
-from data.train_tokenizer import add_source_flags, open_source, read_texts, split_of
+from data.train_tokenizer import add_source_flags, join, open_source, read_texts, split_of
 from dataloading import read_manifest, read_shard, write_shard
 from hub_stand_in import Hub
 
@@ -342,6 +342,15 @@ def test_joining_goes_on_from_any_position(utterances):
         assert [texts for texts, _ in rest] == [texts for texts, _ in whole[number:]]
 
 
+def test_a_line_longer_than_a_document_is_cut():
+    numbers = list(map(str, range(25)))
+    lines = ["a b", " ".join(numbers), "c"]
+    assert join(lines, 10, whole=False) == (
+        ["a b\n" + " ".join(numbers[:10]), " ".join(numbers[10:20])],
+        [" ".join(numbers[20:]), "c"],
+    )
+
+
 def test_joining_opens_few_files_at_once(tmp_path):
     for number in range(40):
         (tmp_path / f"{number:02d}.txt").write_text("".join(f"{number} {line}\n" for line in range(1200)))
@@ -387,6 +396,12 @@ def test_bad_input(tmp_path, tokenizer, texts):
     assert "--shard" in message("--files", source, "--shard", "4/4")
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
     assert "cannot read" in message("--files", tmp_path / "broken.jsonl")
+    (tmp_path / "a.txt").write_text("a tale of two cities\n" * 9_000)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(("un été\n" * 9_000).encode("latin1")))
+    assert "b.txt.gz is not UTF-8" in message("--files", tmp_path / "a.txt", tmp_path / "b.txt.gz")
+    (tmp_path / "bnc.train").write_text("a tale\n")
+    assert "bnc.train does not end in any of" in message("--files", tmp_path / "a.txt", tmp_path / "bnc.train")
+    assert "all of one type, found .jsonl and .txt" in message("--files", source, tmp_path / "a.txt")
     (tmp_path / "file").write_text("in the way")
     assert "file" in message("--files", source, "--out", tmp_path / "file" / "out")
     assert "tokenizer.json" in message("--files", source, "--tokenizer", tmp_path)
