@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import itertools
 import math
+import os
 import re
 import shlex
 import statistics
@@ -292,7 +293,7 @@ def read_record(path: Path) -> Record:
     if missing:
         raise InputError(f"{path / 'record.json'}: no {', '.join(missing)}")
     name, date, contributors = said["name"], said["date"], said["contributors"]
-    if not NAME.fullmatch(str(name)) or path.resolve().name != f"{date}_{name}":
+    if not NAME.fullmatch(str(name)) or path.name != f"{date}_{name}":
         raise InputError(f"{path / 'record.json'}: the folder of {name!r} of {date} is not DATE_NAME in small letters")
     check_names(contributors, f"{path / 'record.json'}: contributors")
     return with_logs(path, said)
@@ -867,13 +868,11 @@ def check_complete(record: Record, track: dict, before: Record | None) -> Iterat
 
 
 def verify(path: Path) -> list[str]:
-    """What is wrong with a record."""
+    """What is wrong with a record, of an absolute path: RECORDS/TRACK/DATE_NAME, whatever links say."""
     try:
-        record, whole = read_record(path), path.resolve()
-        tracks, before = read_tracks(whole.parents[1]), None
-        if whole.parent.name in tracks:
-            chain = {other.path.name: other for other in read_records(whole.parent)}
-            before = chain.get(record.said.get("beats"))
+        record, tracks = read_record(path), read_tracks(path.parents[1])
+        others = read_records(path.parent) if path.parent.name in tracks else []
+        before = next((other for other in others if other.path.name == record.said.get("beats")), None)
         return list(dict.fromkeys(check_record(record, tracks, before)))
     except (InputError, OSError) as error:
         return [str(error)]
@@ -883,8 +882,8 @@ def verify(path: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("records", type=Path, nargs="*", metavar="DIR", help="folders of records [all]")
-    found = [path.absolute() if path == Path() else path for path in parser.parse_args().records]
+    parser.add_argument("records", type=os.path.abspath, nargs="*", metavar="DIR", help="folders of records [all]")
+    found = [Path(path) for path in parser.parse_args().records]
     everything = {path.parent for path in RECORDS.glob("*/*/record.json")} | {*RECORDS.glob("*/2*")}
     found = found or sorted(path for path in everything if path.is_dir() and path.suffix != ".tmp")
     problems = [problem for path in found for problem in verify(path)]
