@@ -473,18 +473,20 @@ def check_together(logs: Sequence[Log], what: str, free: Sequence[str] = FREE_BE
     for log in logs[1:]:
         if different := differing(log.hashes, first.hashes):
             yield f"{log.path}: {what}: other code than {first.path.name} ({different})"
-        here, there = log.named("environment"), first.named("environment")
-        for name in SAME_EVERYWHERE:
-            if here.get(name) != there.get(name):
-                yield (
-                    f"{at(log, 'environment')}: {what}: {name} is {here.get(name)!r}, "
-                    f"in {first.path.name} {there.get(name)!r}"
-                )
         if different := differing(settings_of(log, free), settings_of(first, free)):
             yield f"{at(log, 'config')}: {what}: other settings than {first.path.name}: {different}"
+    yield from check_environment(logs, SAME_EVERYWHERE, what)
     for one, log in itertools.combinations(logs, 2):
         if repeats(log, one, "train_loss"):
             yield f"{log.path}: {what}: the same run as {one.path.name}"
+
+
+def check_environment(logs: Sequence[Log], names: Sequence[str], what: str) -> Iterator[str]:
+    """By these names, it is that of the first log."""
+    for log, name in itertools.product(logs, names):
+        ours, theirs = (one.named("environment").get(name) for one in (log, logs[0]))
+        if ours != theirs:
+            yield f"{at(log, 'environment')}: {what}: {name} is {ours!r}, in {logs[0].path} {theirs!r}"
 
 
 def repeats(log: Log, other: Log, name: str, least: int = 1) -> bool:
@@ -762,16 +764,11 @@ def check_paired_finetuned(record: Record, track: dict, before: Record) -> Itera
 
 
 def check_machine(logs: Sequence[Log]) -> Iterator[str]:
-    here = logs[0].named("environment")
+    what = "timed or compared runs are made on one machine (paired/)"
+    yield from check_environment(logs, (*SAME_EVERYWHERE, "machine"), what)
+    ours = logs[0].named("environment").get("variables")  # which older logs do not have
     for log in logs:
-        there = log.named("environment")
-        for name in (*SAME_EVERYWHERE, "machine"):
-            if there.get(name) != here.get(name):
-                yield (
-                    f"{at(log, 'environment')}: {name} is {there.get(name)!r}, not {here.get(name)!r}: "
-                    "timed or compared runs are made on one machine (paired/)"
-                )
-        ours, theirs = here.get("variables"), there.get("variables")  # which older logs do not have
+        theirs = log.named("environment").get("variables")
         if None not in (ours, theirs) and ours != theirs:
             yield f"{at(log, 'environment')}: the environment variables are {theirs}, not {ours}: run all in one shell"
     yield from check_apart(logs)
