@@ -110,9 +110,15 @@ def at(log: Log, section: str) -> str:
     return f"{log.path}:{log.at[section]}"
 
 
-def differing(ours: dict, theirs: dict) -> str:
-    """The names under which two mappings differ."""
-    return ", ".join(sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)))
+def each(logs: Sequence[Log], *keys: str) -> list:
+    """What every log says under these names."""
+    return [log.named(*keys) for log in logs]
+
+
+def differing(ours: dict, theirs: dict, in_both: bool = False) -> str:
+    """The names under which two mappings differ. in_both: of those that both have."""
+    names = ours.keys() & theirs if in_both else ours.keys() | theirs
+    return ", ".join(sorted(name for name in names if ours.get(name) != theirs.get(name)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,15 +353,14 @@ def judged(logs: Sequence[Log], finetuned: Sequence[Log], metric: str) -> list[f
     task, split = METRICS[metric]
     found = [log for log in finetuned if split in log.named("result", "results").get(task, {}).get("pretrained", {})]
     scores = {log.named("data", "base_sha256"): accuracy(log, metric) for log in found}
-    models = [log.named("result", "model_sha256") for log in logs]
-    return [scores[model] for model in models if model in scores]
+    return [scores[model] for model in each(logs, "result", "model_sha256") if model in scores]
 
 
 def raced(logs: Sequence[Log], finetuned: Sequence[Log], track: dict) -> list[float]:
     """What the track's records are compared by, of each run."""
     if track["race"] == "score":
         return judged(logs, finetuned, track["target"]["metric"])
-    return [log.named("result", track["race"]) for log in logs]
+    return each(logs, "result", track["race"])
 
 
 def seconds_in_all(logs: Sequence[Log], finetuned: Sequence[Log]) -> list[float]:
@@ -381,22 +386,22 @@ def spread(values: Sequence[float]) -> float:
 def measure(record: Record, track: dict, before: Record | None) -> dict:
     """All of record.json's `measured`. before: the record before."""
     target = track["target"]
-    results = [log.named("result") for log in record.logs]
-    seconds, losses = [result["seconds"] for result in results], [result["val_loss"] for result in results]
+    seconds, losses = each(record.logs, "result", "seconds"), each(record.logs, "result", "val_loss")
+    test_losses = each(record.logs, "result", "test_loss")
     scores = {metric: judged(record.logs, record.finetuned, metric) for metric in METRICS}
     environment = record.logs[0].named("environment")
     threads = f", {environment['threads']} threads" if "threads" in environment else ""
     measured = {
-        "n": len(results),
-        "parameters": results[0]["parameters"],
+        "n": len(record.logs),
+        "parameters": record.logs[0].named("result", "parameters"),
         "hardware": f"{environment['world_size']} x {environment['device']}{threads}",
         "seconds": mean(seconds),
         "seconds_std": spread(seconds),
-        "flops": mean([result["flops"] for result in results]),
-        "tokens": mean([result["work"]["tokens"] for result in results]),
+        "flops": mean(each(record.logs, "result", "flops")),
+        "tokens": mean(each(record.logs, "result", "work", "tokens")),
         "val_loss": mean(losses),
         "val_loss_std": spread(losses),
-        "test_loss": mean([result["test_loss"] for result in results if result["test_loss"] is not None]),
+        "test_loss": mean([loss for loss in test_losses if loss is not None]),
         **{metric: mean(values) for metric, values in scores.items()},
         "p_target": None,
     }
@@ -423,7 +428,7 @@ def slowdown(log: Log, before: Record) -> float:
     """Of a paired run that the clock ended: as many steps as the record before made take this times its seconds."""
     if log.named("config", "train", "max_minutes") is None:
         return 1.0
-    return mean([run.named("result", "step") for run in before.logs]) / log.named("result", "step")
+    return mean(each(before.logs, "result", "step")) / log.named("result", "step")
 
 
 def rivals(record: Record, before: Record, track: dict) -> tuple[list[Log], list[Log]]:
@@ -527,7 +532,7 @@ def check_files(record: Record) -> Iterator[str]:
 def check_declared(record: Record, track: dict) -> Iterator[str]:
     """As many runs as were declared before the first, dated when they ran."""
     place, said, logs = record.path / "record.json", record.said, record.path / "logs"
-    started = max(str(log.named("environment", "started")) for log in record.logs)
+    started = max(map(str, each(record.logs, "environment", "started")))
     if said["date"] != started[:10]:
         yield f"{place}: the date is {said['date']}, the last run started {started}"
     if started[:10] > datetime.now(UTC).date().isoformat():
@@ -539,7 +544,7 @@ def check_declared(record: Record, track: dict) -> Iterator[str]:
             yield f"{at(log, 'config')}: no number of runs was declared: run them all with --train.declared_runs"
         elif declared != promised:
             yield f"{at(log, 'config')}: {declared} runs were declared when it started, {promised} in record.json"
-    seeds = sorted(log.named("config", "train", "seed") for log in record.logs)
+    seeds = sorted(each(record.logs, "config", "train", "seed"))
     if len(seeds) != promised or seeds != list(range(1, len(seeds) + 1)):
         there = ", ".join(map(str, seeds))
         yield f"{logs}: {promised} runs were declared, with seeds from 1; there are those with seeds {there}"
@@ -599,8 +604,7 @@ def check_limits(record: Record, track: dict) -> Iterator[str]:
 
 def check_finetuned(logs: Sequence[Log], finetuned: Sequence[Log], track: dict) -> Iterator[str]:
     """Finetunings, or judgements without training, are of these runs' models, one of each, as the track asks."""
-    models = [log.named("result", "model_sha256") for log in logs]
-    started_from = [log.named("data", "base_sha256") for log in finetuned]
+    models, started_from = each(logs, "result", "model_sha256"), each(finetuned, "data", "base_sha256")
     if "judged_by" not in track:
         if finetuned:
             yield f"{finetuned[0].path.parent}: the track takes no finetunings"
@@ -649,9 +653,8 @@ def check_tuning_code(record: Record) -> Iterator[str]:
     """The finetuning's code is kept; modules that the runs also used are the same."""
     for log in record.finetuned[:1]:
         yield from check_code(log)
-        first = record.logs[0].hashes
-        if other := [name for name in sorted(first) if log.hashes.get(name, first[name]) != first[name]]:
-            yield f"{log.path}: other code than {record.logs[0].path.name} of logs/ ({', '.join(other)})"
+        if different := differing(log.hashes, record.logs[0].hashes, in_both=True):
+            yield f"{log.path}: other code than {record.logs[0].path.name} of logs/ ({different})"
 
 
 def check_judged_by(log: Log, track: dict) -> Iterator[str]:
@@ -703,13 +706,10 @@ def check_claim(record: Record, track: dict, before: Record | None) -> Iterator[
 def check_systems_only(record: Record, before: Record) -> Iterator[str]:
     """The same mathematics: the settings of the record before, as far as its code has them, and as much shown."""
     ours, theirs = (settings_of(logs[0], FREE_OF_SYSTEMS) for logs in (record.logs, before.logs))
-    both = ours.keys() & theirs.keys()
-    if different := differing({name: ours[name] for name in both}, {name: theirs[name] for name in both}):
+    if different := differing(ours, theirs, in_both=True):
         yield f"{at(record.logs[0], 'config')}: systems_only, but other settings than {before.path.name}: {different}"
-    (tokens, steps), (asked, in_steps) = (
-        [mean([log.named("result", *name) for log in one.logs]) for name in (("work", "tokens"), ("step",))]
-        for one in (record, before)
-    )
+    tokens, asked = (mean(each(one.logs, "result", "work", "tokens")) for one in (record, before))
+    steps, in_steps = (mean(each(one.logs, "result", "step")) for one in (record, before))
     if tokens < 0.99 * asked or not math.isclose(tokens / steps, asked / in_steps, rel_tol=0.01):
         shown, before_it = f"{tokens:.0f} tokens in {steps:.0f} steps", f"{asked:.0f} in {in_steps:.0f}"
         yield f"{record.path}: systems_only, but shown {shown}, {before.path.name} {before_it}"
@@ -748,7 +748,7 @@ def check_paired(record: Record, track: dict, before: Record) -> Iterator[str]:
         yield from check_track(log, track)
         if (found := log.named("environment").get("compiled")) != compiled:
             yield f"{at(log, 'environment')}: compiled is {found}, that of {before.path.name} {compiled}"
-    seeds = sorted(log.named("config", "train", "seed") for log in record.paired)
+    seeds = sorted(each(record.paired, "config", "train", "seed"))
     if seeds and (seeds != list(range(1, len(seeds) + 1)) or len(seeds) < len(record.logs)):
         there, asked = ", ".join(map(str, seeds)), len(record.logs)
         yield f"{record.path / 'paired'}: runs with seeds {there}; asked for: at least {asked}, with seeds from 1"
