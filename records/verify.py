@@ -41,6 +41,16 @@ SIGNIFICANCE = 0.01  # of both tests: loss below target, time below the record b
 MOST_BYTES = 2_000_000  # of a record
 SAME_EVERYWHERE = ("device", "threads", "torch", "cuda", "driver", "world_size")
 FREE_BETWEEN_RUNS = ("seed", "run_name", "out", "hf_model_name", "wandb_project", "resume")
+FREE_BETWEEN_MACHINES = (*FREE_BETWEEN_RUNS, "dir", "declared_runs")
+FREE_OF_SYSTEMS = (  # what changes no loss, or how the end is given: a systems-only record is shown as many tokens
+    *FREE_BETWEEN_MACHINES, "preset", "device", "compile", "deterministic", "timeout_minutes", "hub_minutes",
+    "valid_every", "log_every", "save_every", "keep_checkpoints", "save_words", "start_afresh",
+    "steps", "max_minutes", "row_tokens", "grad_accum",
+)  # fmt: skip
+FINETUNED_BY = (  # what a record says of its finetunings
+    "protocol", "optimizer", "lr", "weight_decay", "epochs", "batch_size", "lr_schedule", "lr_warmup", "clip",
+    "trainable", "pooling", "patience", "max_train_examples", "seeds",
+)  # fmt: skip
 METRICS = {  # what finetuner.py measures of a run's model: task and split, whose accuracy counts
     "mnli_matched": ("mnli", "validation_matched"),
     "mnli_mismatched": ("mnli", "validation_mismatched"),
@@ -52,18 +62,8 @@ KEEP_CODE = FOLDERS[:2]
 FILES = re.compile(rf"record\.json|README\.md|curve\.png|({'|'.join(FOLDERS)})/\d+\.txt")
 IMPORT = re.compile(r"^(?:from|import) ([\w.]+)", re.MULTILINE)
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
-FREE_BETWEEN_MACHINES = (*FREE_BETWEEN_RUNS, "dir", "declared_runs")
-FREE_OF_SYSTEMS = (  # what changes no loss, or how the end is given: a systems-only record is shown as many tokens
-    *(*FREE_BETWEEN_MACHINES, "preset", "device", "compile", "deterministic", "timeout_minutes", "hub_minutes"),
-    *("valid_every", "log_every", "save_every", "keep_checkpoints", "save_words", "start_afresh"),
-    *("steps", "max_minutes", "row_tokens", "grad_accum"),
-)
 # What reading a value that is missing, or of another kind than a run writes, may raise
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
-FINETUNED_BY = (
-    *("protocol", "optimizer", "lr", "weight_decay", "epochs", "batch_size", "lr_schedule", "lr_warmup", "clip"),
-    *("trainable", "pooling", "patience", "max_train_examples", "seeds"),
-)
 
 
 class Race(NamedTuple):
