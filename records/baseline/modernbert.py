@@ -18,7 +18,6 @@ Shapes: T tokens in a row, B lines of S tokens.
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 import time
@@ -28,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -187,20 +187,15 @@ class Reference:
     def bucketed(self, row: Row, input_ids: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Batches of at most `budget` tokens, padding included, in order of length."""
         budget = 2048 if input_ids.device.type == "cpu" else 65536
-        lengths = torch.bincount(row.document_ids)[: len(row.round_lengths)].tolist()
-        starts = [0, *itertools.accumulate(lengths)]
+        lengths = row.round_lengths.tolist()
+        ids, targets = (x[: sum(lengths)].split(lengths) for x in (input_ids.long(), labels))
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         while order:
             count = next((n for n in range(len(order), 0, -1) if n * lengths[order[n - 1]] <= budget), 1)
-            size = lengths[order[count - 1]]
-            ids = torch.full((count, size), self.config.pad_token_id, device=input_ids.device)
-            target, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-            for line, document in enumerate(order[:count]):
-                n = lengths[document]
-                place = slice(starts[document], starts[document] + n)
-                ids[line, :n], target[line, :n], mask[line, :n] = input_ids[place], labels[place], 1
-            yield ids, mask, target
-            order = order[count:]
+            batch, order = order[:count], order[count:]
+            mask = pad_sequence([torch.ones_like(ids[document]) for document in batch], True)
+            padded = pad_sequence([ids[document] for document in batch], True, self.config.pad_token_id)
+            yield padded, mask, pad_sequence([targets[document] for document in batch], True, -100)
 
 
 class BaselineRun(Run):
