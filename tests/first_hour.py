@@ -86,11 +86,14 @@ class Machine:
         (self.out / f"{name}.txt").write_text(said, encoding="utf-8")
         return done
 
-    def train(self, name: str, preset: str, more: str, processes: int = 1) -> subprocess.CompletedProcess:
+    def train_command(self, name: str, preset: str, more: str) -> str:
+        """A command that trains on the made-up data."""
         shape = TINY if self.small else "--data.max_length 1024"
-        data = shlex.quote(str(self.data))
-        settings = f"--preset {preset} --data.dir {data} {shape} --data.valid_tokens 20000 --train.valid_every 0"
-        return self.run(f"{name}_output", f"trainer.py {settings} {self.fresh(name)} {more}", processes, timeout=900)
+        data = f"--data.dir {shlex.quote(str(self.data))} --data.valid_tokens 20000"
+        return f"trainer.py --preset {preset} {data} {shape} --train.valid_every 0 {self.fresh(name)} {more}"
+
+    def train(self, name: str, preset: str, more: str, processes: int = 1) -> subprocess.CompletedProcess:
+        return self.run(f"{name}_output", self.train_command(name, preset, more), processes, timeout=900)
 
     def fresh(self, name: str) -> str:
         """Flags of a run; deletes what an earlier hour left there."""
@@ -189,10 +192,8 @@ def ranks(machine: Machine) -> Iterator[Check]:
 
 
 def interruption(machine: Machine) -> Iterator[Check]:
-    shape, processes = TINY if machine.small else "--data.max_length 1024", 2 if machine.gpus > 1 else 1
-    data = shlex.quote(str(machine.data))
-    command = f"trainer.py --preset base {shape} --data.dir {data} --data.valid_tokens 20000 --train.steps 60"
-    command += f" --train.grad_accum 1 --train.log_every 5 --train.valid_every 0 {machine.fresh('interrupted')}"
+    processes, steps = 2 if machine.gpus > 1 else 1, "--train.steps 60 --train.grad_accum 1 --train.log_every 5"
+    command = machine.train_command("interrupted", "base", steps)
     log = machine.out / "interrupted" / "log.txt"
     with open(machine.out / "interrupted.txt", "w") as output:
         process = subprocess.Popen(launched(command, processes), cwd=ROOT, stdout=output, stderr=output)
