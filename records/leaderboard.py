@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataloading import InputError, read_json, run_script
 from records.log import Log
@@ -91,31 +93,30 @@ def matches(mnli: float | None) -> str:
     return max(reached)[1] if reached else "-"
 
 
-COLUMNS = ("#", "what", "~matches", "parameters", "time", "FLOPs", "hardware", "validation loss", "test loss")
-COLUMNS += ("score", "log", "contributors")
+RACED_IN = {"seconds": "time", "flops": "FLOPs", "score": "score"}  # column of what a track is raced by
 
 
-def row(number: int, record: Record, track: dict, folder: str) -> tuple[str, ...]:
-    """A record's cells, of COLUMNS. What it gained over the record before stands where it is raced."""
+def row(root: Path, number: int, record: Record, track: dict) -> dict[str, str]:
+    """A record's cells by column. What it gained over the record before stands where it is raced."""
     said, m, race = record.said, record.said["measured"], RACES[track["race"]]
-    gained = f" ({m[race.gain]:.1f} {race.by.rsplit(' ', 1)[0]})" if race.gain in m else ""
-    cells = {"seconds": duration(m.get("seconds_in_all", m["seconds"])), "flops": f"{m['flops']:.2e}"}
-    cells["score"] = score_of(m)
-    cells[track["race"]] += gained
-    return (
-        str(number),
-        f"[{said['name']}]({folder})",
-        matches(m["mnli_matched"]),
-        f"{m['parameters'] / 1e6:.1f}M",
-        cells["seconds"],
-        cells["flops"],
-        m["hardware"],
-        f"{m['val_loss']:.4f} (n = {m['n']})",
-        "-" if m["test_loss"] is None else f"{m['test_loss']:.4f}",
-        cells["score"],
-        f"[logs]({folder}/logs)",
-        ", ".join(said["contributors"]),
-    )
+    folder = record.path.relative_to(root.parent).as_posix()
+    cells = {
+        "#": str(number),
+        "what": f"[{said['name']}]({folder})",
+        "~matches": matches(m["mnli_matched"]),
+        "parameters": f"{m['parameters'] / 1e6:.1f}M",
+        "time": duration(m.get("seconds_in_all", m["seconds"])),
+        "FLOPs": f"{m['flops']:.2e}",
+        "hardware": m["hardware"],
+        "validation loss": f"{m['val_loss']:.4f} (n = {m['n']})",
+        "test loss": "-" if m["test_loss"] is None else f"{m['test_loss']:.4f}",
+        "score": score_of(m),
+        "log": f"[logs]({folder}/logs)",
+        "contributors": ", ".join(said["contributors"]),
+    }
+    if race.gain in m:
+        cells[RACED_IN[track["race"]]] += f" ({m[race.gain]:.1f} {race.by.rsplit(' ', 1)[0]})"
+    return cells
 
 
 def score_of(measured: dict) -> str:
@@ -136,10 +137,9 @@ def table(root: Path, tracks: dict[str, dict], records: dict[str, list[Record]])
         target, closed = track["target"], track.get("closed")
         history = f" Closed since {closed['on']}, kept as history: {closed['why']}" if closed else ""
         parts.append(f"**{name}**: {track['title']}. Target: {target['metric']} {target['value']}.{history}\n")
-        parts += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-        for number, record in enumerate(records[name], 1):
-            cells = row(number, record, track, record.path.relative_to(root.parent).as_posix())
-            parts.append(f"| {' | '.join(cells)} |")
+        rows = [row(root, number, record, track) for number, record in enumerate(records[name], 1)]
+        parts += [f"| {' | '.join(rows[0])} |", "|" + "---|" * len(rows[0])]
+        parts += [f"| {' | '.join(cells.values())} |" for cells in rows]
         parts.append(
             f"\n![{name}: {track['race']} of each record, and loss against seconds](records/figures/{name}.png)\n"
         )
@@ -242,22 +242,22 @@ def spread_names(axis, names: list, points: list[tuple[float, float]], lines: li
 
     lines: all that a name must not lie on, level or upright, from end to end.
     """
+    from matplotlib.transforms import Bbox
+
     back = axis.transData.inverted().transform
-    at, (left, low, right, high) = axis.transData.transform(points), axis.get_window_extent().extents
-    ends = [axis.transData.transform(line) for line in lines]  # pixels
-    taken = [(*(line.min(axis=0) - CLEAR), *(line.max(axis=0) + CLEAR)) for line in ends]
-    taken.append(axis.get_legend().get_window_extent().extents)
+    at, inside = axis.transData.transform(points), axis.get_window_extent()  # pixels
+    taken = [Bbox(axis.transData.transform(line)).padded(CLEAR) for line in lines]
+    taken.append(axis.get_legend().get_window_extent())
     moves = sorted(itertools.product(range(-100, 101, 5), repeat=2), key=lambda move: math.hypot(*move))
     for name, (x, y) in sorted(zip(names, at), key=lambda pair: -pair[1][0]):
-        extent = name.get_window_extent()
-        width, height = extent.width, extent.height
+        width, height = name.get_window_extent().size
         corners = [(x + dx - width * (dx < 0), y + dy - height / 2) for dx, dy in moves]
-        boxes = [(x0, y0, x0 + width, y0 + height) for x0, y0 in corners]
-        boxes = [box for box in boxes if left < box[0] and box[2] < right and low < box[1] and box[3] < high]
-        box = next((box for box in boxes if not any(overlap(box, other) for other in taken)), boxes[0])
+        boxes = [Bbox.from_bounds(*corner, width, height) for corner in corners]
+        boxes = [box for box in boxes if inside.contains(*box.min) and inside.contains(*box.max)]
+        box = next((box for box in boxes if not box.count_overlaps(taken)), boxes[0])
         taken.append(box)
-        name.set_position(back(box[:2]))
-        nearest = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
+        name.set_position(back(box.min))
+        nearest = np.clip((x, y), box.min, box.max)
         if math.dist(nearest, (x, y)) > 2 * CLEAR:
             axis.plot(*back([(x, y), nearest]).T, color="#999999", lw=0.6, zorder=0)
 
@@ -287,11 +287,6 @@ def draw_comparison(axes, name: str, sides: dict[str, list[dict]]) -> None:
 
 
 CLEAR = 6  # pixels between a name and what it must not cover
-
-
-def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    """Of boxes (left, low, right, high)."""
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def published_table() -> str:
