@@ -116,12 +116,12 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def timed(side: Ours | Reference, rows: list[Row]) -> list[float]:
+def timed(side: Ours | Reference, rows: list[Row], rate: float = MASK_RATE) -> list[float]:
     """Seconds of a step on each row."""
     seconds = []
     for row in rows:
         start = time.perf_counter()
-        side.step(row, mask_count(MASK_RATE, row.input_ids.size(0))).item()  # waits for a GPU
+        side.step(row, mask_count(rate, row.input_ids.size(0))).item()  # waits for a GPU
         seconds.append(time.perf_counter() - start)
     return seconds
 
@@ -175,17 +175,14 @@ def compare_objectives(arguments, config: KBERTConfig, loader: Loader, process: 
     shape = arguments.preset, arguments.row_tokens, arguments.max_length
     rates = {"mlm": MASK_RATE, "rtd": TrainConfig.replace_rate}
     sides = {name: Ours(config, *shape, process, objective=name) for name in rates}
-    counts = {name: mask_count(rate, arguments.row_tokens) for name, rate in rates.items()}
     rows, steps = iter(loader), []
     for turn in range(1 + arguments.rounds):
         for name, side in sides.items():
-            for row in [next(rows) for _ in range(arguments.steps if turn else 2)]:
-                start = time.perf_counter()
-                side.step(row, counts[name]).item()  # waits for a GPU
-                spent = time.perf_counter() - start
+            batch = [next(rows) for _ in range(arguments.steps if turn else 2)]
+            for row, spent in zip(batch, timed(side, batch, rates[name])):
                 if turn:
-                    tokens = int(row.round_lengths.sum())
-                    steps.append((name, spent, tokens / spent, side.flops(row, counts[name]) / spent))
+                    flops = side.flops(row, mask_count(rates[name], arguments.row_tokens))
+                    steps.append((name, spent, int(row.round_lengths.sum()) / spent, flops / spent))
     found = pandas.DataFrame(steps, columns=["objective", "seconds", "tokens/s", "FLOP/s"])
     found = found.groupby("objective", sort=False).median()
     found["mfu"] = found["FLOP/s"] / peak_flops(process.device)
