@@ -170,12 +170,12 @@ def compare_steps(arguments, config: KBERTConfig, new_loader: Callable, process:
     }
 
 
-def compare_objectives(arguments, config: KBERTConfig, loader: Loader, process: Process) -> dict:
+def compare_objectives(arguments, config: KBERTConfig, new_loader: Callable, process: Process) -> dict:
     """A step of each objective, in turn: tokens/s, and how much of the machine's FLOP/s it uses."""
     shape = arguments.preset, arguments.row_tokens, arguments.max_length
     rates = {"mlm": MASK_RATE, "rtd": TrainConfig.replace_rate}
     sides = {name: Ours(config, *shape, process, objective=name) for name in rates}
-    rows, steps = iter(loader), []
+    rows, steps = iter(new_loader()), []
     for turn in range(1 + arguments.rounds):
         for name, side in sides.items():
             batch = [next(rows) for _ in range(arguments.steps if turn else 2)]
@@ -205,12 +205,12 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, names in KINDS.items() if re.search(names, kernel)), "other")
 
 
-def profile_step(arguments, config: KBERTConfig, loader: Loader, process: Process) -> dict:
+def profile_step(arguments, config: KBERTConfig, new_loader: Callable, process: Process) -> dict:
     """Milliseconds of a step by kind of kernel, mean of three steps; what no kernel fills is idle."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    cuda, rows, count = process.device.type == "cuda", iter(loader), mask_count(MASK_RATE, arguments.row_tokens)
+    cuda, rows, count = process.device.type == "cuda", iter(new_loader()), mask_count(MASK_RATE, arguments.row_tokens)
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     side = Ours(config, arguments.preset, arguments.row_tokens, arguments.max_length, process)
     timed(side, [next(rows) for _ in range(2)])
@@ -287,12 +287,12 @@ def ways_to_attend(document_ids: Tensor) -> dict[str, Callable]:
     }
 
 
-def compare_attention(config: KBERTConfig, loader: Loader, process: Process) -> dict:
+def compare_attention(arguments, config: KBERTConfig, new_loader: Callable, process: Process) -> dict:
     """Forward and backward of one layer's attention on a real row, mask included: FlexAttention in several ways, and
     varlen_attn."""
     if process.device.type != "cuda":
         raise InputError("--attention needs a GPU: FlexAttention has no backward on a CPU")
-    row, heads = next(iter(loader)), config.num_attention_heads
+    row, heads = next(iter(new_loader())), config.num_attention_heads
     size = (1, row.input_ids.size(0), heads, config.hidden_size // heads)  # [1, T, H, D]
     style = {"device": process.device, "dtype": torch.bfloat16, "requires_grad": True}
     q, k, v = (torch.randn(size, **style) for _ in range(3))
@@ -362,7 +362,7 @@ def serving_models(
     return {name: torch.compile(model, dynamic=True) if compiled else model for name, model in models.items()}
 
 
-def compare_serving(config: KBERTConfig, rounds: int, process: Process) -> dict:
+def compare_serving(arguments, config: KBERTConfig, new_loader: Callable, process: Process) -> dict:
     """Tokens a second, padding not counted, of both models in turn: median of 3 x rounds batches of each."""
     device, rows = process.device, []
     kinds = [(dtype, compiled) for dtype in (torch.float32, torch.bfloat16) for compiled in (False, True)]
@@ -381,7 +381,7 @@ def compare_serving(config: KBERTConfig, rounds: int, process: Process) -> dict:
                     continue
                 ways["kbert"] = partial(sides["kbert"].mean_states, texts)
             seconds: dict[str, list[float]] = {name: [] for name in ways}
-            for turn in range(2 + 3 * rounds):
+            for turn in range(2 + 3 * arguments.rounds):
                 for name, serve in ways.items():
                     start = time.perf_counter()
                     with torch.inference_mode():
@@ -455,12 +455,12 @@ class TrainersWay:
         loss.item()
 
 
-def compare_finetuning(arguments, config: KBERTConfig, loader: Loader, process: Process) -> dict:
+def compare_finetuning(arguments, config: KBERTConfig, new_loader: Callable, process: Process) -> dict:
     """Examples a second of each way in turn, medians over all timed steps."""
     from transformers import ModernBertForSequenceClassification
 
     batch_size, device = 32, process.device
-    split = examples_of(loader, 2000)
+    split = examples_of(new_loader(), 2000)
     torch.manual_seed(1)
     modernbert = ModernBertForSequenceClassification(modernbert_config(config))
     sides = {
@@ -483,16 +483,17 @@ def compare_finetuning(arguments, config: KBERTConfig, loader: Loader, process: 
     return {"finetuning_examples_per_s": rates, "finetuning_ratio": ours / max(others)}
 
 
-def measure_loader(loader: Loader, seconds: float = 5.0) -> dict:
+def measure_loader(arguments, config: KBERTConfig, new_loader: Callable, process: Process) -> dict:
     """Tokens a second from warm shards, by one thread, the first epoch's opening of shards included."""
     torch.set_num_threads(1)
+    loader = new_loader()
     for _ in zip(range(20), loader):
         pass
     tokens, padding, start = 0, 0, time.perf_counter()
     for row in loader:
         real = int(row.round_lengths.sum())
         tokens, padding = tokens + real, padding + row.input_ids.size(0) - real
-        if (taken := time.perf_counter() - start) > seconds:
+        if (taken := time.perf_counter() - start) > 5:
             break
     share = padding / (tokens + padding)
     print(f"{tokens / taken / 1e6:.1f}M tokens/s, {100 * share:.3f}% padding, {tokens:,} tokens in {taken:.1f} s")
@@ -527,6 +528,14 @@ def measure_packing(directory: Path, files: Sequence[str]) -> dict:
     return {"packing_seconds": {name: round(taken, 2) for name, taken in seconds.items()}, "tokens": tokens}
 
 
+MODES = {  # flag: what is done in place of compare_steps
+    "profile": (profile_step, "our step by kind of kernel"),
+    "objectives": (compare_objectives, "a step of masked LM and of replaced-token detection"),
+    "attention": (compare_attention, "one layer's attention in several ways, on a GPU"),
+    "inference": (compare_serving, "the padded forward against ModernBertModel's"),
+    "finetune": (compare_finetuning, "the finetuner's step against transformers.Trainer's way"),
+    "loader": (measure_loader, "the loader alone"),
+}
 SHAPE = {
     "layers": "num_hidden_layers",
     "hidden": "hidden_size",
@@ -547,12 +556,8 @@ def read_arguments() -> argparse.Namespace:
     add("--max-length", type=int, default=256, help="tokens in the longest document [256]")
     add("--rounds", type=int, default=5, help="turns of each side [5]")
     add("--steps", type=int, default=3, help="timed steps in a turn [3]")
-    add("--profile", action="store_true", help="measure our step by kind of kernel")
-    add("--objectives", action="store_true", help="measure a step of masked LM and of replaced-token detection")
-    add("--attention", action="store_true", help="measure one layer's attention in several ways, on a GPU")
-    add("--inference", action="store_true", help="measure the padded forward against ModernBertModel's")
-    add("--finetune", action="store_true", help="measure the finetuner's step against transformers.Trainer's way")
-    add("--loader", action="store_true", help="measure the loader alone")
+    for name, (_, what) in MODES.items():
+        add(f"--{name}", action="store_true", help=f"measure {what}")
     add("--packing", nargs="+", metavar="GLOB", help="measure the packing of these files, with --data's tokenizer")
     add("--json", action="store_true", help="end with one JSON object on the last line")
     add("--out", type=Path, help="file to write the JSON object to")
@@ -573,22 +578,11 @@ def main() -> None:
         def new_loader(tokens: int = row_tokens) -> Loader:
             return Loader(directory, manifest, "train", tokens, longest, seed=1, device=process.device)
 
-        if arguments.inference:
-            result = compare_serving(config, arguments.rounds, process)
-        elif arguments.finetune:
-            result = compare_finetuning(arguments, config, new_loader(), process)
-        elif arguments.loader:
-            result = measure_loader(new_loader())
-        elif arguments.packing:
+        if arguments.packing:
             result = measure_packing(directory, arguments.packing)
-        elif arguments.profile:
-            result = profile_step(arguments, config, new_loader(), process)
-        elif arguments.objectives:
-            result = compare_objectives(arguments, config, new_loader(), process)
-        elif arguments.attention:
-            result = compare_attention(config, new_loader(), process)
         else:
-            result = compare_steps(arguments, config, new_loader, process)
+            chosen = (measure for name, (measure, _) in MODES.items() if getattr(arguments, name))
+            result = next(chosen, compare_steps)(arguments, config, new_loader, process)
         cpu = f"cpu, {torch.get_num_threads()} threads"
         result["device"] = torch.cuda.get_device_name() if process.device.type == "cuda" else cpu
     result["torch"] = torch.__version__
