@@ -115,8 +115,8 @@ def read_manifest(directory: Path) -> dict:
     path = directory / "manifest.json"
     if not path.exists():
         how = f"pack your text with `python data/pack_fineweb_edu.py --out {directory} ...`"
-        if directory == Path("data/fineweb_edu"):
-            how = f"run `python data/download_fineweb_edu.py --num_chunks 10`, or {how}"
+        if directory.name == "fineweb_edu":
+            how = f"run `python data/download_fineweb_edu.py --num_chunks 10 --out {directory}`, or {how}"
         raise InputError(f"no manifest.json in {directory}: {how}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -680,7 +680,7 @@ def failure(corpus, tmp_path, *more, processes=1, env=None) -> str:
 
 
 def test_no_data_says_which_command_brings_some(tmp_path, monkeypatch):
-    said = failure(tmp_path / "nothing", tmp_path, processes=2)
+    said = failure(tmp_path / "fineweb_edu", tmp_path, processes=2)
     script, *arguments = re.search(r"`python (data/download_fineweb_edu.py .+?)`", said)[1].split()
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     monkeypatch.setattr(download_fineweb_edu, "list_shards", lambda *_: sys.exit("the flags are right"))
