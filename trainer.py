@@ -920,10 +920,10 @@ class Run:
     def open_hub(self) -> None:
         """Also pushes what a killed run left, and models of save_words from before it had a repository."""
         self.hub.check()
-        waiting = unpushed(self.folder)
-        there = self.hub.branches | {path.name for path in waiting}
-        kept = [path for path in self.folder.glob("words/chck_*M") if path.name not in there]
-        for path in [*waiting, *kept]:
+        for path in self.folder.glob("words/chck_*M"):
+            if path.name not in self.hub.branches:
+                self.to_push(path.name, partial(shutil.copytree, path, dirs_exist_ok=True))
+        for path in unpushed(self.folder):
             self.hub.push(path, path.name)
 
     def build_model(self) -> None:
