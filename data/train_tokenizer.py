@@ -43,11 +43,11 @@ def reading(what: str, patterns: list[str] | None = None):
     """
     try:
         yield
-    except UnicodeDecodeError as error:
-        name = next((file for file in matching(patterns or []) if not is_utf8(Path(file))), what)
-        how = f"`iconv -f latin1 -t utf-8 {name}`, if it is latin1"
-        raise InputError(f"{name} is not UTF-8 ({error.reason}): convert it, by {how}") from error
     except Exception as error:
+        broken = (file for file in matching(patterns or []) if not is_utf8(Path(file)))
+        if isinstance(error, UnicodeDecodeError) and (file := next(broken, None)):
+            how = f"`iconv -f latin1 -t utf-8 {file}`, if it is latin1"
+            raise InputError(f"{file} is not UTF-8 ({error.reason}): convert it, by {how}") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"cannot read {what}: {reason[:300]}") from error
 
