@@ -444,6 +444,14 @@ def test_links_and_what_cannot_be_read(record):
     assert "Is a directory" in verify(record)[0]
 
 
+def test_a_linked_track_is_judged_by_the_tracks_beside_the_link(record, tmp_path):
+    elsewhere = shutil.copytree(record.parents[1], tmp_path / "elsewhere")
+    change_track(record, target={"metric": "val_loss", "value": 0.1})
+    shutil.rmtree(record.parent)
+    record.parent.symlink_to(elsewhere / record.parent.name)
+    assert any("0.1" in problem for problem in verify(record))
+
+
 def test_logs_are_named_without_detours(record):
     logs = json.loads((record / "record.json").read_text())["logs"]
     change_json(record / "record.json", logs=[*logs, "../../tracks.json"])
