@@ -666,7 +666,7 @@ def test_what_has_no_text_or_no_label_is_said(tmp_path, tokenizer):
     said = ["1 examples of train have no text", "1 examples of validation have no text"]
     said += ["2 examples of train have no label and are left out"]
     said += ["2 examples of validation have no label and are not scored"]
-    assert notes(["good film", None, "bad film", "a film"] * 1 + ["good"] * 2, ["1", "1", "0", "0", None, None]) == said
+    assert notes(["good film", None, "bad film", "a film", "good", "good"], ["1", "1", "0", "0", None, None]) == said
     assert notes(["good film", "bad film"] * 4, ["1", "0"] * 4) == []
     with pytest.raises(InputError, match="no example of train has a text: check --data.text"):
         notes([None, ""] * 4, ["1", "0"] * 4)
