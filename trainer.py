@@ -199,6 +199,8 @@ PRESETS = {
         "train.mask_rate_start": 0.40,
         "train.mask_rate_end": 0.30,
         "train.detection_weight": 10.0,
+        "train.generator_layers": 1,
+        "train.replace_rate": 0.40,
         # With 1,400 words to guess in a step, a rare word's gradient is noise: one occurrence gives 7e-4
         "train.adam_eps": 1e-4,
         "train.muon_momentum": 0.85,
@@ -976,7 +978,7 @@ class Run:
         """What a run has to share with the checkpoint that it continues."""
         return {
             "objective": self.train.objective,
-            "generator_layers": self.train.generator_layers,
+            "generator_layers": self.train.generator_layers if self.train.objective == "rtd" else None,
             "model": {name: value for name, value in self.config.to_dict().items() if name != "transformers_version"},
             "data": data_hash(self.manifest),
             "seed": self.train.seed,

@@ -46,6 +46,7 @@ FREE_OF_SYSTEMS = (  # what changes no loss, or how the end is given: a systems-
     *FREE_BETWEEN_MACHINES, "preset", "device", "compile", "deterministic", "timeout_minutes", "hub_minutes",
     "valid_every", "log_every", "save_every", "keep_checkpoints", "save_words", "start_afresh",
     "steps", "max_minutes", "row_tokens", "grad_accum",
+    "generator_layers", "detection_weight", "replace_rate",  # of rtd, which no such track takes
 )  # fmt: skip
 FINETUNED_BY = (  # what a record says of its finetunings
     "protocol", "optimizer", "lr", "weight_decay", "epochs", "batch_size", "lr_schedule", "lr_warmup", "clip",
