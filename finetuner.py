@@ -291,8 +291,10 @@ def open_base(name: str, max_length: int | None, trusted: bool = False) -> Base:
             raise InputError(
                 f"{name} brings code of its own, which is not run: read it, then give --train.trust_remote_code true"
             ) from error
+        a_hub_id = name.count("/") < 2
+        said = first_line(error) if a_hub_id or Path(name).exists() else "there is no such folder"
         raise InputError(
-            f"cannot open the base model {name} ({first_line(error)}): "
+            f"cannot open the base model {name} ({said}): "
             "give --train.base_model a folder with config.json, weights and tokenizer, or a Hub id"
         ) from error
     if not tokenizer.is_fast:

@@ -1348,7 +1348,7 @@ def test_bad_input_is_said_in_one_sentence(base, films, tmp_path):
     assert "is empty" in said(tmp_path / "empty.csv")
     assert "no rows" in said(tmp_path / "header.csv")
     assert "label 7, which is none of the classes 0, 1" in said(bad)
-    assert "give --train.base_model" in said(films, start=str(tmp_path / "nothing"))
+    assert "nothing (there is no such folder): give --train.base_model" in said(films, start=str(tmp_path / "nothing"))
     assert "no file or folder" in said(tmp_path / "nothing.csv")
     assert "nothing to tell apart" in said(same)
     assert not (tmp_path / "out").exists()  # none of them left a run behind
