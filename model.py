@@ -5,15 +5,15 @@
 
 Pre-norm blocks of attention (RoPE, QK-norm, value residual) and GeGLU. Every third layer attends to the whole document,
 the others to a sliding window, where their heads start out at a token's neighbours. The MLM head is tied to the
-embedding, its logits are soft-capped. Matrices and embedding are stored divided by weight_multiplier, and their
-inputs are multiplied by it instead: stored like this, they have the scale that suits AdamW's usual learning rates.
+embedding, its logits are soft-capped. Matrices and embedding are stored divided by weight_multiplier, and activations
+are multiplied by it instead: stored like this, they have the scale that suits AdamW's usual learning rates.
 
 There are two ways through the same blocks. Training packs: `encode` takes a row of T tokens without padding, which
 holds documents side by side, told apart by `document_ids`. All other callers pad: Hugging Face's `forward` takes
 input_ids and attention_mask [B, S]; none of its shapes depend on data, so it compiles and exports whole.
 
 Shapes: B texts of S tokens, or one row of T, N masked positions, H heads, D head width, d hidden_size,
-f intermediate_size, V vocabulary, C tiles of a row.
+f intermediate_size, V vocabulary, C tiles or blocks of a row, Z slots of whole documents.
 """
 
 from __future__ import annotations
@@ -109,6 +109,8 @@ class KBERTConfig(PretrainedConfig):
         fits = self.hidden_size % self.num_attention_heads == 0 and self.head_dim % 4 == 0
         rule = f"must divide hidden_size {self.hidden_size} into heads whose width is a multiple of 4"
         check("num_attention_heads", fits, rule)
+        rule = f"makes heads {self.head_dim} wide, and attention may overflow beyond 128"
+        check("num_attention_heads", self.head_dim <= 128, rule)
         for name in ("hidden_size", "intermediate_size"):
             check(name, getattr(self, name) % 64 == 0, "must be a multiple of 64")
         # HeadLoss sums exp(logit) in fp32, multiplies that by weights and divides by it: 2^32 are left on either side.
@@ -213,7 +215,7 @@ class Attention(nn.Module):
         if self.qk_bias is not None:
             q, k = q + self.qk_bias[0].to(q.dtype), k + self.qk_bias[1].to(k.dtype)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
-        scale = 0.12  # with QK-norm; 1 / sqrt(64) = 0.125
+        scale = 0.12  # about 1 / sqrt(64), for any width of head
         if isinstance(mask, (BlockMask, Tiles)):
             x, weights = attend(q, k, v, mask, scale), None
         else:
@@ -412,7 +414,7 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
 
 
 class HeadLoss(torch.autograd.Function):
-    """Summed cross-entropy behind the tied head: hidden [N, d], weight [V, d], targets [N], -100 for none.
+    """Summed cross-entropy of the tied head: hidden [N, d], weight [V, d], targets [N], -100 for none.
 
     Each logit is read once: softmax goes without subtracting the maximum, which the soft cap bounds (KBERTConfig checks
     that fp32 holds the sums), and the gradient is stored before its rows are divided by their sums; in the backward's
@@ -576,7 +578,7 @@ class KBERTForClassification(KBERTPreTrainedModel):
             return mean_state(hidden, attention_mask)
         if attention_mask is None:
             return hidden[:, 0]
-        first = attention_mask.int().argmax(1)  # [B] behind padding on the left
+        first = attention_mask.int().argmax(1)  # [B] after padding on the left
         return hidden[torch.arange(hidden.size(0), device=hidden.device), first]
 
     def classify(self, hidden: Tensor) -> Tensor:
@@ -591,7 +593,7 @@ class KBERTForSequenceClassification(KBERTForClassification):
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean over the batch: squared error for a number, cross-entropy for a class."""
         if self.config.num_labels == 1:
-            return F.mse_loss(logits.squeeze(-1), labels.float())
+            return F.mse_loss(logits[:, 0], labels.float().view(-1))
         if self.config.problem_type == "multi_label_classification":
             return F.binary_cross_entropy_with_logits(logits, labels.float())
         return cross_entropy(logits, labels)
@@ -676,7 +678,7 @@ KBERTForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """visible [B, queries or 1, S] -> what to add to scores [B, 1, ...]: zero, or -1e4, which hides a key in any dtype.
 
-    QK-norm bounds the scores, so -1e4 is enough. A query that sees no key then gets a mean; -inf would give NaN.
+    QK-norm keeps scores far smaller, so -1e4 is enough. A query that sees no key then gets a mean; -inf would give NaN.
     """
     return torch.where(visible, 0.0, -1e4).to(dtype)[:, None]
 
@@ -710,16 +712,16 @@ def flex_mask(document_ids: Tensor, reach: int | None, size: int = BLOCK) -> Blo
     if reach is not None:
         low, high = torch.maximum(low, token - reach), torch.minimum(high, token + reach)
     low, high = low.view(-1, size), high.view(-1, size)  # [C, size], both ascending
-    # [C, 1] each: in first <= block < behind some query sees some key, in full <= block < full_end each sees each.
-    first, behind = low[:, :1] // size, high[:, -1:] // size + 1
+    # [C, 1] each: blocks from first to end - 1 are seen in part or whole, those from full to full_end - 1 wholly.
+    first, end = low[:, :1] // size, high[:, -1:] // size + 1
     full, full_end = (low[:, -1:] + size - 1) // size, (high[:, :1] + 1) // size
-    full, full_end = (torch.where(full < full_end, x, behind) for x in (full, full_end))
+    full, full_end = (torch.where(full < full_end, x, end) for x in (full, full_end))
     num_full = full_end - full
     block = torch.arange(T // size, device=document_ids.device)  # [C]
-    # [C, C] those before the full ones, then those behind
+    # [C, C] those before the full ones, then those after
     partial = first + block + torch.where(block < full - first, 0, num_full)
     tables: list[Tensor] = []  # of partial blocks, then of full ones: how many each block of queries sees, and which
-    for count, blocks in ((behind - first - num_full, partial), (num_full, full + block)):
+    for count, blocks in ((end - first - num_full, partial), (num_full, full + block)):
         tables += [count.view(1, 1, -1).int(), blocks.clamp(max=T // size - 1).int()[None, None]]
 
     def visible(b, h, q, k):
@@ -736,12 +738,12 @@ def flex_mask(document_ids: Tensor, reach: int | None, size: int = BLOCK) -> Blo
 
 class Tiles(NamedTuple):
     visible: Tensor  # [C, 1, queries, keys] bool
-    to_slots: Tensor | None = None  # [S * max_seqlen] the token at each place of each slot; None for local layers
+    to_slots: Tensor | None = None  # [Z * max_seqlen] the token at each place of each slot; None for local layers
     to_row: Tensor | None = None  # [T] the place of each token
 
 
 def pack_slots(document_ids: Tensor, max_seqlen: int) -> Tensor:
-    """Puts documents whole into slots of max_seqlen tokens, longest first: [S, max_seqlen] token numbers, T if empty.
+    """Puts documents whole into slots of max_seqlen tokens, longest first: [Z, max_seqlen] token numbers, T if empty.
 
     A small loop over documents, which the compiler cannot trace.
     """
@@ -765,7 +767,7 @@ def slot_tiles(document_ids: Tensor, slots: Tensor) -> Tiles:
     to_row = place.new_zeros(T + 1).scatter(0, token, place)[:T]
     # Empty places stand for the last token and see each other alone; nothing reads what comes of them.
     to_slots = token.clamp(max=T - 1)
-    document = torch.where(token < T, document_ids[to_slots], -1).view(slots.shape)  # [S, max_seqlen]
+    document = torch.where(token < T, document_ids[to_slots], -1).view(slots.shape)  # [Z, max_seqlen]
     return Tiles((document[:, :, None] == document[:, None, :])[:, None], to_slots, to_row)
 
 
@@ -862,7 +864,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tiles, scale: floa
         k, v = Neighbours.apply(k, sides), Neighbours.apply(v, sides)  # [C, keys, H, D]
     # One dimension for tiles and heads: with two, torch would transpose k element by element before the product.
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [C * H, queries or keys, D]
-    # Softmax need not subtract the maximum, since QK-norm bounds the scores: one pass less each way.
+    # No maximum is subtracted, a pass less each way: QK-norm bounds q and k, their learned biases stay small.
     scores = (q @ k.mT).unflatten(0, (-1, H))  # [C, H, queries, keys]
     weights = SoftmaxWeights.apply(scores, mask.visible, scale).flatten(0, 1)  # [C * H, queries, keys]
     x = (weights @ v) / weights.sum(-1, keepdim=True, dtype=torch.float32).to(v.dtype)

@@ -377,6 +377,13 @@ def test_onnx_runtime_agrees_at_other_sizes(cls, tmp_path):
             torch.testing.assert_close(torch.from_numpy(a), b, atol=1e-4, rtol=1e-4)
 
 
+def test_a_number_to_predict_may_have_a_column_of_its_own(saved):
+    model = KBERTForSequenceClassification.from_pretrained(saved(KBERTForSequenceClassification, num_labels=1)).eval()
+    input_ids, labels = torch.tensor([[0, 5, 1], [0, 6, 1]]), torch.tensor([1.0, 3.0])
+    one, other = (model(input_ids, labels=x).loss for x in (labels, labels[:, None]))
+    assert one == other == (model(input_ids).logits[:, 0] - labels).square().mean()
+
+
 # --- finetuning by others' means
 
 

@@ -105,7 +105,7 @@ def test_tiled_attention_agrees_with_fp64_forward_and_backward(window, lengths):
         mask = slot_tiles(documents, pack_slots(documents, max(lengths)))
     else:
         mask = local_tiles(documents, window)
-    inside = slice(sum(lengths))  # the padding behind may have been cut into slots
+    inside = slice(sum(lengths))  # the padding after them may have been cut into slots
     got = attend(q, k, v, mask, 0.3)[:, inside]
     expected = reference_attention(q, k, v, documents, window, 0.3)[:, inside]
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5, check_dtype=False)
@@ -276,6 +276,7 @@ def test_fill_mask_pipeline_from_a_saved_folder(tmp_path, word_tokenizer):
         (dict(norm_eps=-1e-6), "norm_eps -1e-06 must not be negative"),
         (dict(classifier_dropout=1.5), "classifier_dropout 1.5 must lie between 0 and 1"),
         (dict(num_attention_heads=5), "must divide hidden_size 256 into heads .* change --model.num_attention_heads"),
+        (dict(num_attention_heads=1), "num_attention_heads 1 makes heads 256 wide, .* change --model.num_attention"),
         (dict(hidden_size=100, num_attention_heads=5), "hidden_size 100 must be a multiple of 64"),
         (dict(intermediate_size=100), "intermediate_size 100 must be a multiple of 64"),
         (dict(logit_softcap=100.0), "logit_softcap 100.0 must be at most 55, .* change --model.logit_softcap"),
