@@ -3,9 +3,10 @@
     mlm   MaskedLM                 which words were masked (Devlin et al. 2018, "BERT")
     rtd   ReplacedTokenDetection   which words a small generator has replaced (Clark et al. 2020, "ELECTRA")
 
-An objective is one class; a third would be one more with the same methods and networks: `network` is all that is
-trained, `model` what is kept of it, `masked_lm` what fills in masked words. What it draws at random follows from the
-seed and the number of the row, so that the same rows make the same step on any number of ranks.
+An objective is a class; a third would be one more with the same methods, and trainer.py would have to choose it.
+`network` is all that is trained, `model` what is kept of it, `masked_lm` what fills in masked words. What is drawn at
+random follows from the seed and the number of the row, so that the same rows make the same step on any number of
+ranks.
 
 Shapes: T tokens in a row, N masked positions, V vocabulary.
 """
@@ -47,7 +48,7 @@ def mask_count(rate: float, row_tokens: int, text: int | None = None) -> int:
 
 
 def random_of(row: Row, seed: int, purpose: int = 0) -> torch.Generator:
-    """A generator on the row's device from (seed, row number), which no two steps share, on any number of ranks."""
+    """A generator on the row's device, seeded by (seed, row number): the same for a row on any number of ranks."""
     # Down to 32 bits: the CPU's generator ignores what lies above.
     (hashed,) = hash64(np.array([(seed << 40) + (purpose << 38) + row.index])) >> np.uint64(32)
     return torch.Generator(row.input_ids.device).manual_seed(int(hashed))
@@ -236,7 +237,8 @@ class ReplacedTokenDetection:
             replaced = filled != row.input_ids
             # Detached, so that a row's graph is freed before the next is built
             scores = self.detect(filled, row.document_ids, row.positions, replaced, row.text, **call)[1].detach()
-            place = (scores.sigmoid() * self.bins).long().clamp(max=self.bins - 1) + self.bins * replaced
+            place = (scores.sigmoid() * self.bins).ceil().long().sub(1).clamp(min=0)  # the lower half: logits up to 0
+            place = place + self.bins * replaced
             histogram += torch.bincount(place[row.text], minlength=2 * self.bins)
         total, count, *histogram = total_over_ranks(total.item(), count, *histogram.tolist())
         return {"val_loss": mean_of(total, count), **detection_scores(np.reshape(histogram, (2, self.bins)))}

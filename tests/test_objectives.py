@@ -143,6 +143,7 @@ def test_flops_are_those_of_both_networks():
 def test_a_run_learns_to_tell_replacements(detected):
     first, *_, last = [line for line in lines(detected) if line["val_auc"]]
     assert float(last["val_auc"]) > 0.6 > float(first["val_auc"])
+    assert 0.8 < float(first["val_accuracy"]) < 0.9  # its logits start at zero, which is no detection
     assert float(last["val_loss"]) < float(first["val_loss"]) - 0.3
     log = read_log(detected)
     assert list(check_run(log)) == [] and log.named("result", "val_auc") == pytest.approx(
