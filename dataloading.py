@@ -44,13 +44,13 @@ def usable_cores() -> int:
 
 
 def first_line(error: Exception) -> str:
-    """Of the error, or of what caused it, which tells more."""
+    """The first line of the error's message, or of its cause's, which says more."""
     error = error.__cause__ or error
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Ends in one line on what cannot be used, read or written."""
+    """Runs main; what cannot be used, read or written ends it with one line."""
     try:
         main()
     except (InputError, OSError) as error:
@@ -151,7 +151,7 @@ def check_manifest(manifest: dict) -> None:
     counts = [specials["vocab_size"], *ids, *(entry["tokens"] for entry in manifest["shards"].values())]
     counts += [entry.get(name, 0) for entry in manifest["shards"].values() for name in ("documents", "words")]
     if any(type(count) is not int or count < 0 for count in counts):
-        raise ValueError("a number that is none")
+        raise ValueError("a count or a token id that is not a whole number of at least 0")
     if max(ids) >= specials["vocab_size"]:
         raise ValueError("a special token beyond the vocabulary")
     words = [specials["sha256"]]
@@ -160,7 +160,7 @@ def check_manifest(manifest: dict) -> None:
         if Path(name).name != name or name == ".." or "\0" in name or len(name.encode()) > 255:
             raise ValueError(f"{name[:40]!r} is not the name of a file in this folder")
     if not all(isinstance(word, str) for word in words) or not isinstance(manifest["source"], dict):
-        raise ValueError("a text or a source that is none")
+        raise ValueError("a split or sha256 that is not a string, or a source that is not a mapping")
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -188,7 +188,7 @@ def find_windows(tokens: np.ndarray, max_length: int, cls: int, sep: int) -> tup
     cls_at = np.concatenate([[-1], *found]).astype(np.int64)
     start = cls_at + 1
     end = np.append(cls_at[1:], len(tokens))
-    filled = end > start  # with anything behind [CLS]: not so in an empty shard
+    filled = end > start  # with anything after [CLS]: not so in an empty shard
     end[filled] -= tokens[end[filled] - 1] == sep
     length = end - start  # [documents]
 
@@ -244,7 +244,7 @@ class RowStream:
         state: dict | None = None,
         unverified: dict[Path, str] | None = None,
     ):
-        """seed None: one epoch in the order on disk, up to max_tokens of text. Otherwise: endless epochs, shuffled.
+        """seed None: one epoch in the order on disk, to the window that reaches max_tokens. Else: endless, shuffled.
 
         unverified: sha256 of shards, each checked, and taken out, when its shard is first opened.
         """
@@ -513,7 +513,7 @@ def frozen_words(row: Row) -> np.ndarray:
     ids, text, positions = row.input_ids.cpu().numpy(), row.offsets >= 0, row.positions.cpu().numpy()
     documents = row.document_ids.cpu().numpy()
     words = np.bincount(documents, weights=text)[documents].astype(np.int64)  # [T] of text in a token's window
-    first = np.arange(len(ids)) - positions + 1  # [T] the place of its first, behind [CLS]
+    first = np.arange(len(ids)) - positions + 1  # [T] the place of its first, after [CLS]
     drawn = first + (hash64(row.offsets + (1 << 40)) % np.maximum(words, 1).astype(np.uint64)).astype(np.int64)
     return np.where(frozen_mask(row.offsets), ids[np.minimum(drawn, len(ids) - 1)], ids)
 

@@ -57,7 +57,7 @@ class Clock:
 
 
 # How FLOPs are counted, by the name that a log gives: another way to count gets another name, and old logs stay valid.
-MASKED_LAST_LAYER = "masked-last-layer"  # behind its attention, the last layer computes masked positions alone
+MASKED_LAST_LAYER = "masked-last-layer"  # after its attention, the last layer computes masked positions alone
 WHOLE_LAST_LAYER = "whole-last-layer"
 GENERATOR_AND_DETECTOR = "generator-and-detector"  # a masked LM of generator_layers, and a head of d x d on every token
 
@@ -366,7 +366,7 @@ class Log:
     lines: list[Line] = field(default_factory=list)
     digest: str = ""  # of what stands before the result
     sealed: str = ""  # and of the result with it
-    after: int = 0  # number of the first line behind the result, of which there is none
+    after: int = 0  # number of the first line after the result, of which there is none
 
     @property
     def finetuning(self) -> bool:

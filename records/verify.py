@@ -147,7 +147,7 @@ def check_seal(log: Log) -> Iterator[str]:
     if not holds:
         yield f"{at(log, 'result')}: its hash does not follow from the lines above and the result: one was changed"
     if log.after:
-        yield f"{log.path}:{log.after}: a line behind the result, which is a log's last"
+        yield f"{log.path}:{log.after}: a line after the result, which is a log's last"
 
 
 def expected_steps(train: dict, last: int) -> tuple[set[int], set[int]]:

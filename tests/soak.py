@@ -80,7 +80,7 @@ def moment(run: Path) -> str:
     if (run / "model").exists():
         return "after it wrote the model"
     if checkpoints_of(run):
-        return "behind a checkpoint"
+        return "after a checkpoint"
     return "before the first checkpoint"
 
 

@@ -77,7 +77,7 @@ def test_a_finished_run_is_left_as_it_is(corpus, whole, capsys):
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
 
 
-def test_a_signal_behind_the_last_step_costs_nothing(corpus, whole, tmp_path, monkeypatch):
+def test_a_signal_after_the_last_step_costs_nothing(corpus, whole, tmp_path, monkeypatch):
     """It comes when the model is written and the test loss is not yet measured."""
     write_models = Run.write_models
 

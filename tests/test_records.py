@@ -298,7 +298,7 @@ def test_an_edited_line_breaks_the_seal(record):
     change(record / "logs" / "2.txt", in_section("result", "model_sha256", "0" * 64), seal=False)
     change(record / "logs" / "3.txt", lambda text: text + f"--- trainer.py sha256:{'0' * 64}\n", seal=False)
     problems = "\n".join(verify(record))
-    assert problems.count("its hash does not follow") == 2 and "a line behind the result" in problems
+    assert problems.count("its hash does not follow") == 2 and "a line after the result" in problems
 
 
 def test_timed_runs_do_not_share_a_machine(record):
@@ -319,7 +319,7 @@ def test_older_logs_seal_their_lines_alone(record):
     assert verify(record) == []
 
 
-def test_a_line_is_named_by_its_number_in_the_file_also_behind_code(record):
+def test_a_line_is_named_by_its_number_in_the_file_also_after_code(record):
     log = record / "logs" / "1.txt"
     change(log, lambda text: re.sub(r"(step:6/8 .* mfu:)\d", r"\g<1>9", text))
     (problem,) = (problem for problem in verify(record) if "mfu is not" in problem)
