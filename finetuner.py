@@ -834,7 +834,7 @@ with {{ settings }}.
 ```python
 from transformers import AutoModelFor{{ head }}
 
-model = AutoModelFor{{ head }}.from_pretrained("{{ title }}"{{ branch }}, trust_remote_code=True)
+model = AutoModelFor{{ head }}.from_pretrained("{{ name }}"{{ branch }}, trust_remote_code=True)
 ```
 {% endif %}"""
 
@@ -1025,6 +1025,7 @@ class TaskRuns:
         )
         settings = ", ".join(f"{name} {value}" for name, value in report["model"]["settings"].items())
         said = {"title": title, "base": base.title, "head": kind.head, "settings": settings, "report": report}
+        said["name"] = self.cells[0].hf_model_name or (self.folder / "model").as_posix()
         said["branch"] = f', revision="{self.branch}"' if self.branch else ""
         card = ModelCard.from_template(data, template_str=MODEL_CARD, rows=flat_results(report["results"]), **said)
         folder = self.folder / "model" if self.data.kind.trains else self.folder

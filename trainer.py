@@ -1,8 +1,9 @@
 """Pretrains KBERT on packed rows of whole documents, by masked language modelling or replaced-token detection.
 
     laptop, no data   torchrun --standalone --nproc_per_node=1 trainer.py --preset micro
-    one GPU           torchrun --standalone --nproc_per_node=1 trainer.py --data.dir data/fineweb_edu
-    eight GPUs        torchrun --standalone --nproc_per_node=8 trainer.py --data.dir data/fineweb_edu
+    one GPU           python data/download_fineweb_edu.py --num_chunks 120
+                      torchrun --standalone --nproc_per_node=1 trainer.py
+    eight GPUs        torchrun --standalone --nproc_per_node=8 trainer.py
 
 `--help` lists every setting with its unit. A run leaves logs/RUN/ with log.txt, metrics.jsonl, config.yaml (`--config`
 repeats the run), curves.png, checkpoints/ and model/, the finished model in Hugging Face form. The same rows make up
@@ -32,6 +33,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -120,14 +122,14 @@ class TrainConfig:
     )
 
     muon_lr: float = option(0.03, "learning rate of the blocks' matrices, in spectral norm")
-    muon_weight_decay: float = option(1.0, "cautious weight decay of the matrices; a step shrinks by lr^2 times this")
-    muon_momentum: ClosedUnitInterval = option(0.95, "Muon's momentum between its warm-up and the end, a step")
-    muon_beta2: ClosedUnitInterval = option(0.95, "decay of NorMuon's second moment, a step")
+    muon_weight_decay: float = option(1.0, "cautious weight decay of the matrices; times lr^2 at each step")
+    muon_momentum: ClosedUnitInterval = option(0.95, "Muon's momentum, per step, between its warm-up and the end")
+    muon_beta2: ClosedUnitInterval = option(0.95, "decay of NorMuon's second moment, per step")
     muon_polar_steps: PolarSteps = option(5, "steps of the iteration that orthogonalises an update, 1 to 5")
     embed_lr: float = option(0.008, "learning rate of the embedding and tied head")
-    embed_betas: tuple[float, float] = option((0.7, 0.95), "Adam's decays for the embedding, a step")
+    embed_betas: tuple[float, float] = option((0.7, 0.95), "Adam's betas for the embedding, per step")
     scalar_lr: float = option(0.01, "learning rate of everything else")
-    scalar_betas: tuple[float, float] = option((0.9, 0.95), "Adam's decays for everything else, a step")
+    scalar_betas: tuple[float, float] = option((0.9, 0.95), "Adam's betas for everything else, per step")
     adam_eps: float = option(1e-10, "Adam's epsilon")
 
     lr_schedule: Literal["trapezoid", "one_cycle", "cosine"] = option("trapezoid", "shape of the learning rate")
@@ -273,6 +275,15 @@ def make_parser(description: str, groups: dict[str, type]) -> Parser:
     return parser
 
 
+def config_first(argv: list[str]) -> list[str]:
+    """With --config FILE before all other flags, which override it wherever it stands."""
+    files, others, rest = [], [], iter(argv)
+    for text in rest:
+        part = files if text.split("=")[0] == "--config" else others
+        part += [text, *islice(rest, text == "--config")]
+    return files + others
+
+
 def option_fields(cls: type) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(cls) if "help" in field.metadata]
 
@@ -283,6 +294,7 @@ def parse_flags(parser: Parser, argv: list[str], named: dict[str, dict[str, dict
     named: {"preset": PRESETS} has --preset micro set what PRESETS["micro"] says, {"train.steps": 400, ...}; later flags
     of `named` override earlier ones, and single settings override both. Unknown flags and values end the program.
     """
+    argv = config_first(argv)
     try:
         given = parser.parse_args([text for text in argv if not text.startswith("--print_config")], defaults=False)
     except UnicodeDecodeError as error:
@@ -320,19 +332,21 @@ def read_settings(folder: Path) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Schedules: pure functions of progress, which runs from 0 to 1 over the run (steps done, or seconds spent)
+# Schedules: pure functions of progress, which goes from 0 to 1 with the steps, the minutes or the text of the run
 
 
 def lr_factor(progress: float, c: TrainConfig) -> float:
-    if progress < c.lr_warmup:
-        return progress / c.lr_warmup
+    warm = min(1.0, progress / c.lr_warmup) if c.lr_warmup else 1.0
+    if c.lr_schedule == "trapezoid":  # where rise and fall overlap, the lower of them
+        fallen = 1 - (1 - progress) / c.lr_decay if progress > 1 - c.lr_decay else 0.0
+        fallen = math.sqrt(fallen) if c.lr_decay_shape == "sqrt" else fallen
+        return min(warm, c.lr_floor + (1 - c.lr_floor) * (1 - fallen))
+    if warm < 1:
+        return warm
     left = (1 - progress) / max(1e-9, 1 - c.lr_warmup)  # of what follows the warm-up
     if c.lr_schedule == "one_cycle":  # up, then down, without a flat part
         return c.lr_floor + (1 - c.lr_floor) * left
-    if c.lr_schedule == "cosine":
-        return c.lr_floor + (1 - c.lr_floor) * 0.5 * (1 + math.cos(math.pi * (1 - left)))
-    fallen = 1 - (1 - progress) / c.lr_decay if progress > 1 - c.lr_decay else 0.0
-    return c.lr_floor + (1 - c.lr_floor) * (1 - (math.sqrt(fallen) if c.lr_decay_shape == "sqrt" else fallen))
+    return c.lr_floor + (1 - c.lr_floor) * 0.5 * (1 + math.cos(math.pi * (1 - left)))
 
 
 def muon_momentum(progress: float, c: TrainConfig) -> float:
@@ -730,8 +744,6 @@ def model_config(specials: dict, max_length: int, values: dict) -> KBERTConfig:
 def make_objective(config: KBERTConfig, train: TrainConfig, max_length: int) -> MaskedLM | ReplacedTokenDetection:
     if train.objective == "mlm":
         return MaskedLM(config, train.seed, max_length)
-    if train.generator_layers is None:  # settled in the settings, so that log, config.yaml and checkpoints say it
-        train.generator_layers = -(-config.num_hidden_layers // 2)
     return ReplacedTokenDetection(config, train.seed, max_length, train.generator_layers, train.detection_weight)
 
 
@@ -846,7 +858,7 @@ class Run:
         planned = self.train.max_minutes is None and math.isinf(self.text_limit)
         self.steps = self.train.steps if planned else None
         if not process.on_main(self.open_log):
-            self.validated_step = -1  # a new log says it again
+            self.validated_step = -1  # a new log lacks the validation of this step: repeat it, if one is due
 
     # --- set-up
 
@@ -937,6 +949,8 @@ class Run:
             raise InputError("--train.deterministic true needs `export CUBLAS_WORKSPACE_CONFIG=:4096:8`")
         torch.use_deterministic_algorithms(train.deterministic)
         self.config = model_config(self.manifest["tokenizer"], self.data.max_length, self.model_values)
+        if train.generator_layers is None and train.objective == "rtd":  # log, config.yaml and checkpoints say it
+            train.generator_layers = -(-self.config.num_hidden_layers // 2)
         self.objective = make_objective(self.config, train, self.data.max_length)
         self.parameters = self.objective.model.num_parameters()  # of what is kept: a generator is not
         obstacle = why_eager(process.device)
@@ -1152,7 +1166,10 @@ class Run:
         return finished
 
     def agree(self, signals: list[int]) -> tuple[float, float]:
-        """Seconds of training and the stop signal; ranks agree on them at every step if the clock ends the run."""
+        """Seconds of training and the stop signal, agreed on by all ranks if either may matter now.
+
+        At every step if the clock ends the run, else every agree_every steps.
+        """
         if self.process.world_size > 1 and self.train.max_minutes is None and self.step % self.agree_every:
             return self.clock.now(), 0
         seconds, stopped = self.process.max(self.clock.now(), max(signals, default=0))
@@ -1347,10 +1364,12 @@ class Run:
         self.process.on_main(self.write_result)
 
     def write_models(self) -> None:
-        for part in self.objective.parts():
-            save_folder(self.folder / (part or "model"), partial(self.write_model, part))
+        for part, (model, weights) in self.objective.parts().items():
+            folder = self.folder / (part or "model")
+            write = partial(self.write_model, part, model, weights)
+            save_folder(folder, write)
             if self.hub:
-                self.to_push(part or "main", partial(self.write_model, part))
+                self.to_push(part or "main", write)
 
     def write_result(self) -> None:
         result = {
@@ -1368,8 +1387,8 @@ class Run:
         }
         self.log.close(result)
 
-    def write_model(self, part: str, into: Path) -> None:
-        model, weights = self.objective.parts()[part]
+    def write_model(self, part: str, model: PreTrainedModel, weights: dict | None, into: Path) -> None:
+        """With its card, whose code loads it from the Hub if it goes there, else from where it is now."""
         save_model(into, model, self.tokenizer, weights)
         masked = isinstance(model, KBERTForMaskedLM)
         shown = ("val_loss",) if masked else ("val_accuracy", "val_f1", "val_auc")
@@ -1390,7 +1409,8 @@ class Run:
             masked=masked,
             ref=f', revision="{part}"' if part and self.hub else "",
             numbers=numbers,
-            name=self.train.hf_model_name or self.folder.name,
+            title=self.train.hf_model_name or self.folder.name,
+            name=self.train.hf_model_name or (self.folder / (part or "model")).as_posix(),
             mask=getattr(self.tokenizer, "mask_token", "[MASK]"),
         )
         (into / "README.md").write_text(str(card), encoding="utf-8")
@@ -1436,7 +1456,7 @@ class Run:
 MODEL_CARD = """---
 {{ card_data }}
 ---
-# {{ name }}
+# {{ title }}
 
 A KBERT encoder: {{ config.num_hidden_layers }} layers x {{ config.hidden_size }},
 {{ "%.1f" % (parameters / 1e6) }}M parameters, pretrained by

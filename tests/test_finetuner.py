@@ -895,6 +895,7 @@ def test_the_card_carries_the_results(finished):
     assert said["validation", "accuracy"] == pytest.approx(accuracy, abs=1e-4)
     assert f"| pretrained | validation | accuracy | {accuracy:.4f} |" in card.text
     assert "| majority class | validation | accuracy | 0.5000 | 0.5000 | 0.5000 | 1 |" in card.text
+    assert f'.from_pretrained("{finished}/model", trust_remote_code=True)' in card.text
 
 
 def test_a_run_leaves_the_config_that_repeats_it(finished, tmp_path):

@@ -85,6 +85,13 @@ def test_a_warm_up_may_last_the_whole_run():
         assert lr_factor(0.5, c) == 0.5 and 0 <= lr_factor(1.0, c) <= 1
 
 
+def test_where_warm_up_and_decay_overlap_the_rate_follows_the_lower():
+    c = TrainConfig(lr_warmup=0.3, lr_decay=0.9, lr_floor=0.0)
+    steps = [lr_factor(step / 1000, c) for step in range(1001)]
+    assert steps[0] == steps[-1] == 0 and max(abs(a - b) for a, b in zip(steps, steps[1:])) < 0.004
+    assert lr_factor(0.2, c) == pytest.approx(2 / 3) and lr_factor(0.3, c) == pytest.approx(0.7 / 0.9)
+
+
 def test_other_schedules():
     c = TrainConfig(batch_start=0.5, batch_ramp=0.4, window_start=64, momentum_warmup=0.1)
     assert [batch_factor(p, c) for p in (0, 0.1, 0.3999, 0.4, 1)] == pytest.approx([0.5, 0.625, 0.875, 1, 1])
@@ -109,6 +116,16 @@ def test_flags_override_the_preset_and_the_preset_the_defaults():
     assert settings["train"]["row_tokens"] == PRESETS["micro"]["train.row_tokens"]
     assert settings["train"]["muon_lr"] == TrainConfig.muon_lr and settings["model"]["num_hidden_layers"] == 4
     assert settings_of()["data"] == vars(DataConfig()) and settings_of()["preset"] == "base"
+
+
+def test_flags_override_a_config_wherever_it_stands(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {steps: 7, seed: 5}\n")
+    (tmp_path / "b.yaml").write_text("train: {steps: 8}\n")
+    flags = "--train.steps", "9"
+    for argv in ([*flags, "--config", f"{tmp_path}/a.yaml"], [f"--config={tmp_path}/a.yaml", *flags]):
+        assert (settings_of(*argv)["train"]["steps"], settings_of(*argv)["train"]["seed"]) == (9, 5)
+    both = settings_of("--config", f"{tmp_path}/a.yaml", "--config", f"{tmp_path}/b.yaml")["train"]
+    assert (both["steps"], both["seed"]) == (8, 5)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +370,8 @@ def test_a_run_learns_and_leaves_what_it_says(finished):
     assert f"{result['val_loss']:.4f}" in card
     readme = (ROOT / "README.md").read_text()
     ours, readmes = (re.search(r"```python\n(import torch\n[^`]+Muon[^`]+)```", text)[1] for text in (card, readme))
-    assert ours.replace(finished.name, "logs/RUN/model") == readmes
+    assert ours.replace(f"{finished}/model", "logs/RUN/model") == readmes
+    assert f'pipeline("fill-mask", "{finished}/model", trust_remote_code=True)' in card
 
 
 def test_tokens_are_those_of_the_rows(finished, corpus):
