@@ -216,10 +216,11 @@ def pack_source(args: argparse.Namespace, part: int, parts: int, tokenizer: dict
     write_json(manifest, {**settings, "shards": dict(sorted(writer.shards.items()))})
     for path in (state_path, state_path.with_suffix(".tmp")):
         path.unlink(missing_ok=True)
-    for split, fraction in zip(("valid", "test"), fractions):
+    for split, fraction in zip(SPLITS, (1 - sum(fractions), *fractions)):
         if fraction > 0 and not any(entry["split"] == split for entry in writer.shards.values()):
             count = sum(entry["documents"] for entry in writer.shards.values())
-            how = f"pack more text, raise --{split}_fraction, or make smaller documents (--sample_by, --join_lines)"
+            more = "" if split == "train" else f", raise --{split}_fraction"
+            how = f"pack more text{more}, or make smaller documents (--sample_by, --join_lines)"
             print(f"none of {count:,} documents fell to {split}: {how}", file=sys.stderr)
 
 

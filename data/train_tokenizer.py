@@ -17,6 +17,7 @@ import copy
 import glob
 import gzip
 import hashlib
+import json
 import lzma
 import os
 import shutil
@@ -30,7 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataloading import MAX_VOCAB_SIZE, SPECIAL_TOKENS, InputError, in_background, run_script, sha256_of
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+# JSON Lines by the line: the json reader knows no key that the first rows lack
+READERS = {".json": "json", ".jsonl": "text", ".parquet": "parquet", ".txt": "text"}
+JSON_LINE = "a line of JSON"
 COMPRESSIONS = {".gz": gzip, ".xz": lzma, ".bz2": bz2}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -109,6 +112,13 @@ def open_source(args: argparse.Namespace):
     from datasets import load_dataset
     from huggingface_hub import HfApi
 
+    if not (0 <= args.valid_fraction and 0 <= args.test_fraction and args.valid_fraction + args.test_fraction < 1):
+        raise InputError(
+            f"--valid_fraction {args.valid_fraction} and --test_fraction {args.test_fraction} are no shares that "
+            "leave some text to train on: change them"
+        )
+    if args.join_lines is not None and args.join_lines < 1:
+        raise InputError(f"--join_lines {args.join_lines} joins nothing: give a number of words")
     if args.files:
         files = matching(args.files)
         if not files:
@@ -118,10 +128,13 @@ def open_source(args: argparse.Namespace):
             raise InputError(f"--files: {kinds[None]} does not end in any of {', '.join(READERS)}: rename it")
         if len(kinds) > 1:
             raise InputError(f"--files must be all of one type, found {' and '.join(sorted(kinds))}")
-        (reader,) = map(READERS.get, kinds)
-        options = {"sample_by": "line" if args.join_lines else args.sample_by} if reader == "text" else {}
+        (kind,) = kinds
+        options = {"sample_by": "line" if args.join_lines else args.sample_by} if kind == ".txt" else {}
         with reading(f"--files {' '.join(args.files)}"):
-            stream = load_dataset(reader, data_files=files, split="train", streaming=True, **options)
+            how = {"sample_by": "line"} if kind == ".jsonl" else options
+            stream = load_dataset(READERS[kind], data_files=files, split="train", streaming=True, **how)
+            if kind == ".jsonl":
+                stream = stream.rename_column("text", JSON_LINE)
             sizes = [unpacked_bytes(Path(file)) for file in files]
         source = {"files": [{"name": Path(file).name, "bytes": os.path.getsize(file)} for file in files], **options}
     else:
@@ -133,13 +146,16 @@ def open_source(args: argparse.Namespace):
         splits = stream.info.splits or {}
         sizes = [splits["train"].num_bytes / stream.num_shards if "train" in splits else 1] * stream.num_shards
     with reading("the data's first row", args.files):
-        columns = stream.column_names or list(next(iter(stream)))
+        if (first := next(iter(stream), None)) is None:
+            raise ValueError("there is none")
+        columns = list(json.loads(first[JSON_LINE]) if JSON_LINE in first else first)
     if args.text_field not in columns:
         raise InputError(f"the data has no column {args.text_field!r}: choose --text_field out of {', '.join(columns)}")
     source["text_field"] = args.text_field
     if args.join_lines:
         source["join_lines"] = args.join_lines
-    return stream.select_columns(args.text_field).with_format("arrow"), sizes, source
+    column = JSON_LINE if JSON_LINE in first else args.text_field
+    return stream.select_columns(column).with_format("arrow"), sizes, source
 
 
 LANES = 16  # files that are open at once
@@ -169,8 +185,9 @@ def read_texts(stream, sizes: list[float], args: argparse.Namespace, part=0, par
         i = min(together, key=lambda i: position[i]["characters"] / weights[i])
         with reading("the next texts", args.files):
             table = next(tables[i], None)
+            values = [] if table is None else values_of(table, args.text_field)
         position[i]["ended"] = table is None
-        found = [] if table is None else written_texts(table[args.text_field].to_pylist(), args.text_field)
+        found = written_texts(values, args.text_field)
         position[i]["characters"] += sum(map(len, found))
         if args.join_lines:
             found, position[i]["lines"] = join(position[i]["lines"] + found, args.join_lines, whole=table is None)
@@ -183,6 +200,14 @@ def read_texts(stream, sizes: list[float], args: argparse.Namespace, part=0, par
             yield texts, copy.deepcopy(position)
             texts, characters = [], 0
     yield texts, position
+
+
+def values_of(table, text_field: str) -> list:
+    """Of an Arrow table with a column of texts, or of lines of JSON that hold them."""
+    (column,), values = table.column_names, table[0].to_pylist()
+    if column != JSON_LINE:
+        return values
+    return [json.loads(line).get(text_field) for line in values if line.strip()]
 
 
 def written_texts(values: list, text_field: str) -> list[str]:

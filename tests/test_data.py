@@ -383,6 +383,14 @@ def test_file_types(tmp_path, tokenizer, texts, kind):
     assert texts_of(tmp_path / "out", "train") == texts
 
 
+def test_rows_of_json_lines_need_only_the_text(tmp_path, tokenizer, texts):
+    rows = [{"text": text} for text in texts[:20]] + [{"url": "a", "text": texts[20]}, {"text": None}, {"url": 1}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"id": [1], "text": texts[21]}))
+    pack_files(tmp_path / "*.jsonl", tokenizer, tmp_path / "out", "--valid_fraction", 0, "--test_fraction", 0)
+    assert sorted(texts_of(tmp_path / "out", "train")) == sorted(texts[:22])
+
+
 def test_bad_input(tmp_path, tokenizer, texts):
     source = write_jsonl(tmp_path / "texts.jsonl", texts[:10])
 
@@ -396,6 +404,11 @@ def test_bad_input(tmp_path, tokenizer, texts):
     assert "--shard" in message("--files", source, "--shard", "4/4")
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
     assert "cannot read" in message("--files", tmp_path / "broken.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "cannot read the data's first row: there is none" in message("--files", tmp_path / "empty.jsonl")
+    shares = "--valid_fraction", "0.6", "--test_fraction", "0.5"
+    assert f"{' '.join(shares[:2])} and {' '.join(shares[2:])} are no shares" in message("--files", source, *shares)
+    assert "--join_lines -5" in message("--files", source, "--join_lines", "-5")
     (tmp_path / "a.txt").write_text("a tale of two cities\n" * 9_000)
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(("un été\n" * 9_000).encode("latin1")))
     assert "b.txt.gz is not UTF-8" in message("--files", tmp_path / "a.txt", tmp_path / "b.txt.gz")
