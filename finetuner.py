@@ -264,8 +264,9 @@ def newest_run(out: Path, preset: str) -> Path:
 def mnli_model(out: Path, base: str) -> str:
     """model/ of the newest finished MNLI run from the same base model."""
     reports = [*out.glob("*/metrics.json"), *out.glob("*/mnli/metrics.json")]
-    wanted = {"task": "mnli", "base_model": base}
-    found = [path for path in reports if wanted.items() <= read_json(path).items()]
+    wanted = "mnli", os.path.normpath(base)
+    read = {path: read_json(path) for path in reports}
+    found = [path for path, x in read.items() if (x.get("task"), os.path.normpath(x.get("base_model", ""))) == wanted]
     if not found:
         raise InputError(
             f"this protocol starts from the MNLI model of {base}, and {out}/ has none: "
@@ -707,6 +708,7 @@ class Training:
         self.steps = max(1, round(train.epochs * self.per_epoch))
         self.clock, self.losses = Clock(process.device), []
         self.best_score, self.best_step, self.best_weights, self.waited = -math.inf, self.steps, None, 0
+        self.examples = 0  # learned from
 
     def run(self) -> tuple[dict, dict]:
         """Returns the run's summary, with metrics of every labelled split, and the predictions on these."""
@@ -733,7 +735,7 @@ class Training:
         if train.patience is None:
             self.write_line(step, dev_score=score)
         summary = {"score": score, "best_step": self.best_step, "steps": step, "seconds": seconds}
-        summary |= {"examples_per_second": step * train.batch_size / max(seconds, 1e-9), "metrics": metrics}
+        summary |= {"examples_per_second": self.examples / max(seconds, 1e-9), "metrics": metrics}
         return summary, predictions
 
     def train_step(self, step: int) -> None:
@@ -743,6 +745,7 @@ class Training:
         if number == 0:
             self.order = np.random.default_rng([train.seed, epoch]).permutation(len(self.split.ends))
         batch = self.order[number * train.batch_size : (number + 1) * train.batch_size]
+        self.examples += len(batch)
         batch = batch[np.argsort(lengths[batch], kind="stable")]  # so that ranks get equal work
         factor = lr_factor(step / (self.steps + 1), train)
         self.lr = train.lr * factor
@@ -854,6 +857,13 @@ class TaskRuns:
     def __post_init__(self):
         self.starts = ["pretrained", "random weights"] if self.cells[0].compare_random else ["pretrained"]
         self.net: Network | None = None
+        weights = Path(self.base.name) / "model.safetensors"
+        self.made_from = self.process.on_main(
+            lambda: {
+                "base_sha256": sha256_of(weights) if weights.exists() else None,
+                **{split: content.fingerprint() for split, content in self.data.splits.items()},
+            }
+        )
 
     def run(self) -> dict:
         """Returns what metrics.json holds."""
@@ -894,6 +904,8 @@ class TaskRuns:
         except (LookupError, TypeError, ValueError) as error:
             said = f"{type(error).__name__}: {first_line(error)}"
             raise InputError(f"{record} is damaged ({said}): delete it to run its runs again") from error
+        if any(run.get("made_from") != self.made_from for run in runs):
+            raise InputError(f"{record} has runs of other data or another base model: delete it to run them again")
         return runs
 
     def train(self, start: str, cell: FinetuneConfig, settings: dict, label: str) -> None:
@@ -904,7 +916,7 @@ class TaskRuns:
             summary, predictions = Training(self.net, data, cell, process, self.log, label).run()
         else:
             summary, predictions = judge(self.net, data, process, self.log, label)
-        run = {"start": start, "settings": settings, **summary}
+        run = {"start": start, "settings": settings, "made_from": self.made_from, **summary}
         process.on_main(lambda: self.keep(run, predictions))
         self.done.append(run)
 
@@ -987,7 +999,7 @@ class TaskRuns:
         results[data.kind.baseline_name] = spread_metrics([data.baseline()])
         splits = {}
         for split, content in data.splits.items():
-            splits[split] = {"examples": content.examples, "fingerprint": content.fingerprint()}
+            splits[split] = {"examples": content.examples, "fingerprint": self.made_from[split]}
         return {
             "task": data.name,
             "base_model": self.base.name,

@@ -14,8 +14,10 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerFast
@@ -67,6 +69,12 @@ class Split:
         """Numbers of the first `most` examples after shuffling."""
         return np.random.default_rng(0).permutation(self.examples)[:most]
 
+    def groups(self) -> np.ndarray:
+        """[examples] numbers from 0: examples of one text share one, unless there are not even ten texts."""
+        numbers: dict[bytes, int] = {}
+        group = [numbers.setdefault(self.of(self.tokens, i).tobytes(), len(numbers)) for i in range(len(self.ends))]
+        return np.arange(len(group)) if len(numbers) < min(10, len(group)) else np.array(group)
+
     def only(self, keep: np.ndarray) -> Split:
         """The examples numbered `keep`."""
         return dataclasses.replace(
@@ -99,23 +107,33 @@ def read_files(path: Path) -> dict:
         if suffix_of(file) and not file.name.startswith("."):
             split = PART.sub("", file.name.split(".")[0]) if path.is_dir() else "train"
             files[split].append(file)
+    if not files and path.is_file():
+        raise InputError(f"{path} is no {', '.join(READERS)} file: convert it to one")
     if not files:
         raise MissingData(
             f"{path} holds no {', '.join(READERS)} file: name them by split, "
             "such as train.parquet and validation.parquet"
         )
+    for split, paths in files.items():
+        if len({unpacked_name(file) for file in paths}) < len(paths):
+            names = " and ".join(file.name for file in paths)
+            raise InputError(f"{path} has the split {split} twice, as {names}: take one away")
     return {split: read_rows(paths) for split, paths in files.items()}
 
 
+def unpacked_name(file: Path) -> str:
+    """Without the suffix of a compression."""
+    return re.sub(r"\.(gz|bz2|xz|zip|zst)$", "", file.name, flags=re.IGNORECASE)
+
+
 def suffix_of(file: Path) -> str | None:
-    """The suffix that says how to read it, before that of a compression; None: there is no such one."""
-    packed = (".gz", ".bz2", ".xz", ".zip", ".zst")
-    last = next((suffix for suffix in map(str.lower, reversed(file.suffixes)) if suffix not in packed), None)
+    """The suffix that says how to read it; None: there is no such one."""
+    last = Path(unpacked_name(file)).suffix.lower()
     return last if last in READERS else None
 
 
 def read_rows(files: list[Path]):
-    """Rows of files of one kind. A csv's column has one type over the whole file, and is text where files differ in it.
+    """Rows of files of one kind. A csv's cells are text as it stands there; tidy_labels finds numbers among labels.
 
     A column of JSON has the type of its first 10 MB; what comes later and does not fit is an error.
     """
@@ -132,16 +150,14 @@ def read_rows(files: list[Path]):
     try:
         if (reader := READERS[suffixes[0]]) != "csv":
             return load_dataset(reader, data_files=[str(file) for file in files], split="train")
-        how = {"keep_default_na": False, "na_values": MISSING, "low_memory": False}
+        how = {"dtype": str, "keep_default_na": False, "na_values": MISSING}
         if suffixes == [".tsv"]:
             how |= {"delimiter": "\t"} | ({} if quotes_close(files) else {"quoting": csv.QUOTE_NONE})
         tables = [pd.read_csv(file, **how) for file in files]
+        if not all(isinstance(table.index, pd.RangeIndex) for table in tables):  # pandas took the first for numbers
+            raise ValueError("rows have more cells than the head has names: quote cells that hold a delimiter")
         if any(set(table) != set(tables[0]) for table in tables):
             raise ValueError("their columns differ: " + " and ".join(", ".join(map(str, table)) for table in tables))
-        types = {name: {table[name].dtype.name for table in tables} for name in tables[0]}
-        numbers = {"int64", "uint64", "float64"}
-        if words := {name: str for name, found in types.items() if len(found) > 1 and found - numbers}:
-            tables = [pd.read_csv(file, dtype=words, **how) for file in files]  # which one file has as numbers
         return Dataset.from_pandas(pd.concat(tables), preserve_index=False)
     except Exception as error:  # pyarrow, pandas and datasets each raise their own
         said = " ".join(str(error.__cause__ or error).split())[:200]
@@ -151,11 +167,11 @@ def read_rows(files: list[Path]):
 def quotes_close(paths: list[Path]) -> bool:
     """Whether quotes enclose cells: as GLUE writes a TSV, a quote that opens a cell need not close."""
     csv.field_size_limit(2**31 - 1)
-    for path in (path for path in paths if path.suffix.lower() == ".tsv"):  # not of one that is compressed
-        with open(path, encoding="utf-8", errors="replace", newline="") as file:
+    for path in paths:
+        with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8", errors="replace", newline="") as file:
             try:
                 rows = [row for row in csv.reader(file, delimiter="\t", strict=True) if row]
-            except csv.Error:  # a cell without end, or one that goes on behind its quote
+            except csv.Error:  # a cell without end, or one that goes on after its quote
                 return False
         # Two stray quotes, a line or more apart, would enclose the end of one row and the beginning of another
         long = [cell for row in rows for cell in row if "\n" in cell]
@@ -239,8 +255,8 @@ def read_labels(tables: dict, column: str, own: bool) -> dict[str, list]:
     return labels
 
 
-# Not 007, 1_1 or inf, which float takes
-NUMERAL = re.compile(r"\s*[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
+# Not 007 or 1_1, which float takes
+NUMERAL = re.compile(r"[+-]?(((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?|inf)")
 # A missing one among numbers, a class like others among words
 UNKNOWN = {"NA", "N/A", "n/a", "NULL", "null", "None", "nan", "NaN"}
 
@@ -259,7 +275,10 @@ def tidy_labels(labels: dict[str, list]) -> dict[str, list]:
 
 
 def tidy_label(value: object) -> object:
-    """One blank cell makes a column of whole numbers one of floats, with nan for the blank."""
+    """Words without blanks around them; a column of whole numbers with one blank cell is one of floats, with a nan."""
+    if isinstance(value, str):
+        return value.strip() or None
+    value = float(value) if isinstance(value, Decimal) else value
     if isinstance(value, float):
         return None if value != value else int(value) if value.is_integer() else value
     return value
@@ -344,7 +363,7 @@ def read_shards(
         ends, labels = np.cumsum([len(text) for text in texts]), np.concatenate(labels)
         known, idx = labels != NO_LABEL, list(range(len(texts)))
         segments = None
-        if "token_type_ids" in tokenizer.model_input_names:  # 1 behind the first [SEP]
+        if "token_type_ids" in tokenizer.model_input_names:  # 1 after the first [SEP]
             segments = np.concatenate([(np.cumsum(text == sep) - (text == sep) > 0).astype(np.int8) for text in texts])
         splits[split] = Split(np.concatenate(texts), segments, ends, np.where(known, labels, -1), known, idx)
     return splits, manifest["source"].get("labels"), cut

@@ -42,6 +42,10 @@ class Windows(Split):
         """The windows of `most` questions."""
         return np.flatnonzero(np.isin(self.question, super().shuffled(most)))
 
+    def groups(self) -> np.ndarray:
+        """[windows] the number of the question."""
+        return self.question
+
     def only(self, keep: np.ndarray) -> Windows:
         """The windows numbered `keep`, and their questions."""
         asked, question = np.unique(self.question[keep], return_inverse=True)

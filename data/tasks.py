@@ -113,7 +113,7 @@ class Kind:
         """Takes the classes of packed shards. names: those of the manifest."""
         raise InputError("packed shards hold texts with classes: give --data.dataset raw text for this task")
 
-    def check(self) -> None:
+    def check(self, train: Split | None) -> None:
         """Raises InputError for labels that nothing can be learnt from."""
 
     # --- learning
@@ -202,10 +202,11 @@ class Classes(Kind):
                 )
             content.labels = number[content.labels]
 
-    def check(self) -> None:
-        if len(self.classes) < 2:
+    def check(self, train: Split | None) -> None:
+        found = np.unique(train.labels)
+        if len(found) < 2:
             raise InputError(
-                f"column {self.settings.label} holds only the class {', '.join(self.classes)}: "
+                f"column {self.settings.label} of train holds only the class {self.classes[found[0]]}: "
                 "there is nothing to tell apart"
             )
 
@@ -470,7 +471,7 @@ def read_data(name: str, tokenizer: PreTrainedTokenizerFast, max_length: int, se
         notes += hold_out(splits, settings.validation, isinstance(kind, Classes))
         if settings.max_train_examples is not None:
             splits["train"] = splits["train"].only(splits["train"].shuffled(settings.max_train_examples))
-    kind.check()
+    kind.check(splits.get("train"))
     return Data(name, kind, source, splits, choose_dev(splits, settings.validation), notes)
 
 
@@ -553,7 +554,7 @@ def validations(splits: dict[str, Split]) -> list[str]:
 
 
 def hold_out(splits: dict[str, Split], validation: str | None, classes: bool) -> list[str]:
-    """Where there is no split to choose by, takes a tenth of train, up to 2000 examples; returns a note of it.
+    """Where there is no split to choose by, takes a tenth of train's texts, up to 2000; returns a note of it.
 
     classes: whether labels are classes.
     """
@@ -562,14 +563,19 @@ def hold_out(splits: dict[str, Split], validation: str | None, classes: bool) ->
     train = splits["train"]
     if train.examples < 2:
         raise InputError("train has one row, and none can be held out to choose by: write more, or a validation split")
-    held = np.sort(train.shuffled(min(2000, math.ceil(train.examples / 10))))
-    rest = np.setdiff1d(np.arange(len(train.ends)), held)
+    group = train.groups()  # what is learned from must not come again where it is to be judged
+    texts = int(group.max()) + 1
+    chosen = np.random.default_rng(0).permutation(texts)[: min(2000, math.ceil(texts / 10))]
+    held, rest = np.flatnonzero(np.isin(group, chosen)), np.flatnonzero(~np.isin(group, chosen))
     if classes:  # one of each class that nothing would teach goes back
         found, first = np.unique(train.labels[held], return_index=True)
         back = first[~np.isin(found, train.labels[rest])]
         rest, held = np.sort(np.concatenate([rest, held[back]])), np.delete(held, back)
     if not len(held):
-        raise InputError("train has a row of each class, and none can be held out to choose by: write more")
+        raise InputError(
+            "train has a row of each class, and none can be held out to choose by: write more rows "
+            "(or a fraction, if the labels are numbers to predict)"
+        )
     splits |= {"train": train.only(rest), HELD_OUT: train.only(held)}
     return [f"no labelled validation split: {splits[HELD_OUT].examples} examples of train are held out for it"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import json
 import math
 import re
@@ -760,6 +761,16 @@ def test_what_is_held_out_has_labels(tmp_path, tokenizer):
     assert data.kind.classes == ["-1", "1"] and data.splits[HELD_OUT].known.sum() == 10
 
 
+def test_rows_of_one_text_are_held_out_together(tmp_path, tokenizer):
+    rows = [row for row in make_rows(100, 1) for _ in range(2)]
+    data = read_data("custom", tokenizer, 64, DataConfig(dataset=write_jsonl(tmp_path, train=rows)))
+    texts = {
+        name: {split.of(split.tokens, i).tobytes() for i in range(split.examples)}
+        for name, split in data.splits.items()
+    }
+    assert data.splits[HELD_OUT].examples == 20 and not texts["train"] & texts[HELD_OUT]
+
+
 def test_questions_are_held_out_whole(tmp_path, tokenizer):
     rows = []
     for i in range(20):
@@ -779,10 +790,14 @@ def test_a_quote_in_a_tsv_opens_no_cell(tokenizer, tmp_path):
     (tmp_path / "train.tsv").write_text("".join(f"{text}\t{label}\n" for text, label in [("text", "label"), *rows]))
     data = read_data("custom", tokenizer, 64, DataConfig(dataset=str(tmp_path)))
     assert sum(split.examples for split in data.splits.values()) == 40
+    with gzip.open(tmp_path / "train.tsv.gz", "wt") as file:
+        file.write((tmp_path / "train.tsv").read_text())
+    assert len(read_files(tmp_path / "train.tsv.gz")["train"]) == 40
+    (tmp_path / "train.tsv.gz").unlink()
     rows = [[f'a "good" film\nin {i} lines', i % 2] for i in range(20)]
     pd.DataFrame(rows, columns=["text", "label"]).to_csv(tmp_path / "train.tsv", sep="\t", index=False)
     lines = read_files(tmp_path)["train"]
-    assert [list(row) for row in zip(lines["text"], lines["label"])] == rows
+    assert [[text, int(label)] for text, label in zip(lines["text"], lines["label"])] == rows
     (tmp_path / "train.tsv").write_text('text\tlabel\n"a ""good"" film"\t1\n"bad"\n')  # the last has no label
     assert list(read_files(tmp_path)["train"]["text"]) == ['a "good" film', "bad"]
     (tmp_path / "train.tsv").write_text("text\tlabel\n" + "good\t1\nbad\t0\n" * 10)
@@ -791,6 +806,30 @@ def test_a_quote_in_a_tsv_opens_no_cell(tokenizer, tmp_path):
     (tmp_path / "validation.tsv").write_text("text\tlabel\ngood\t1\n")
     with pytest.raises(InputError, match="files of two kinds: take .jsonl or .tsv away"):
         read_data("custom", tokenizer, 64, DataConfig(dataset=str(tmp_path)))
+
+
+def test_a_csv_is_taken_as_it_is_written(tokenizer, tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\n" + "007, yes\n1.50,yes \n,no\n" * 10)
+    rows = read_files(tmp_path)["train"]
+    assert list(rows["text"])[:3] == ["007", "1.50", None]
+    assert read_data("custom", tokenizer, 64, DataConfig(dataset=str(tmp_path))).kind.classes == ["no", "yes"]
+
+
+@pytest.mark.parametrize("rows", ("good film, the plot,1\n" * 20, '"he said \\"good\\"", and bad film",1\n' * 20))
+def test_a_csv_with_more_cells_than_names_is_refused(tokenizer, tmp_path, rows):
+    (tmp_path / "train.csv").write_text("text,label\n" + rows)
+    with pytest.raises(InputError, match="more cells than the head has names: quote cells that hold a delimiter"):
+        read_files(tmp_path)
+
+
+def test_files_that_cannot_be_meant_are_named(tmp_path):
+    for name in ("train.csv", "train.csv.gz"):
+        pd.DataFrame(make_rows(4, 1)).to_csv(tmp_path / name, index=False)
+    with pytest.raises(InputError, match="has the split train twice, as train.csv and train.csv.gz: take one away"):
+        read_files(tmp_path)
+    (tmp_path / "films.xlsx").write_text("")
+    with pytest.raises(InputError, match="films.xlsx is no .parquet, .* file: convert it to one"):
+        read_files(tmp_path / "films.xlsx")
 
 
 @pytest.mark.parametrize("kind", (".csv", ".tsv"))
@@ -1078,6 +1117,27 @@ def test_a_half_done_grid_is_resumed(base, films, tmp_path):
     (run / "metrics.json").unlink()
     go(base, tmp_path, **few, train_resume="true", train_run_name="another")  # which is not there, so it is started
     assert len(read_jsonl(run.with_name("another") / "runs.jsonl")) == 3 and not (run / "metrics.json").exists()
+
+
+def test_runs_on_other_data_or_from_other_weights_are_not_resumed(base, films, tmp_path):
+    base, films = shutil.copytree(base, tmp_path / "base"), shutil.copytree(films, tmp_path / "films")
+    few = {"data_dataset": films, "data_max_train_examples": 32}
+    run = go(str(base), tmp_path / "out", **few)
+    (run / "metrics.json").unlink()
+    rows = read_jsonl(films / "validation.jsonl")
+    for changed in (films / "validation.jsonl", base / "model.safetensors"):
+        kept = changed.read_bytes()
+        if changed.parent == films:
+            write_jsonl(films, validation=[{**row, "label": 1 - row["label"]} for row in rows])
+        else:
+            weights = load_file(changed)
+            save_file(
+                weights | {"encoder.embed.weight": weights["encoder.embed.weight"] * 2}, changed, {"format": "pt"}
+            )
+        with pytest.raises(InputError, match="runs of other data or another base model: delete it to run them again"):
+            go(str(base), tmp_path / "out", **few, train_resume="true")
+        changed.write_bytes(kept)
+    go(str(base), tmp_path / "out", **few, train_resume="true")
 
 
 def test_glue_runs_what_is_there_and_hands_mnli_over(base, tmp_path, capsys):
