@@ -270,7 +270,7 @@ def end_of(content: bytes) -> list:
 
 
 def environment(device: torch.device, world_size: int) -> dict:
-    """Versions and hardware, a hash that tells machines apart, and when the run started."""
+    """Versions and hardware, a hash that tells machines (and their starts) apart, and when the run started."""
     import huggingface_hub
     import transformers
 
@@ -287,8 +287,9 @@ def environment(device: torch.device, world_size: int) -> dict:
         names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
         found["device"] = names[0] if names else platform.processor() or platform.machine()
         found["threads"] = torch.get_num_threads()
-    identity = Path("/etc/machine-id")
-    machine = platform.node() + (identity.read_text() if identity.exists() else "")
+    # A machine's name and number may come with its image: the number of its start does not
+    files = Path("/etc/machine-id"), Path("/proc/sys/kernel/random/boot_id")
+    machine = platform.node() + "".join(file.read_text() for file in files if file.exists())
     found |= {"system": platform.platform(), "world_size": world_size}
     found["machine"] = hashlib.sha256(machine.encode()).hexdigest()[:12]
     speed = re.compile(r"(OMP|GOMP|KMP|MKL|MALLOC|PYTORCH|TORCHINDUCTOR|TRITON)_(?!CACHE_DIR|REDIS)|LD_PRELOAD$")

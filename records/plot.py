@@ -51,7 +51,7 @@ def series(log: Log) -> dict[str, list[tuple[Points, str]]]:
         except ValueError as error:
             raise InputError(f"{beside} is damaged ({error}): move it away to draw the log alone") from error
         for panel, name in (("lr", "lr"), ("mask", "mask_rate")):
-            add(panel, [(values["seconds"], values[name]) for values in metrics if name in values])
+            add(panel, [(values["seconds"], values[name]) for values in metrics if {name, "seconds"} <= values.keys()])
     return found
 
 
@@ -80,6 +80,8 @@ def draw(runs: Sequence[Path], out: Path) -> None:
 
     found = {path: series(read_log(path)) for path in runs}
     panels = [panel for panel in PANELS if any(curves[panel] for curves in found.values())]
+    if not panels:
+        raise InputError(f"{', '.join(map(str, runs))}: no line with a number to draw yet")
     drawn, axes = figure(len(panels))
     for axis, panel in zip(axes, panels):
         for color, (path, curves) in zip(itertools.cycle(COLORS), found.items()):
@@ -109,6 +111,8 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or a log")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture to write [curves.png]")
     arguments = parser.parse_args()
+    if arguments.out.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--out {arguments.out} is no .png, .svg or .pdf file: name it so")
     draw(arguments.runs, arguments.out)
     print(f"written: {arguments.out}")
 

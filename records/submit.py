@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -43,15 +44,24 @@ from records.verify import (
 )
 
 
-def write_logs(into: Path, said: dict, *runs: Sequence[Path]) -> None:
-    """runs: those of each of FOLDERS. A first log stays as it was written, the others lose the code that it keeps."""
+def write_logs(into: Path, said: dict, *runs: Sequence[Path]) -> dict[str, str]:
+    """runs: those of each of FOLDERS. A first log stays as it was written, the others lose the code that it keeps.
+
+    Returns what each log was copied from.
+    """
+    sources = {}
     for folder, paths in zip(FOLDERS, runs):
         for number, path in enumerate(paths, 1):
             log, target = read_log(path), into / folder / f"{number}.txt"
+            if log.finetuning != folder.endswith("finetuned"):
+                kind = "finetuning: give it to --finetuned" if log.finetuning else "pretraining: give it as a run"
+                raise InputError(f"{path} is a {kind}, or, of the record before, to --paired and its kin")
+            sources[str(target)] = str(log.path)
             target.parent.mkdir(parents=True, exist_ok=True)
             whole = folder in KEEP_CODE and number == 1
             target.write_bytes(log.path.read_bytes() if whole else log.text.encode())
     said["logs"] = [f"logs/{number}.txt" for number in range(1, len(runs[0]) + 1)]
+    return sources | {str(into): "this record"}
 
 
 def submit(root: Path, runs: Sequence[Path], said: dict, *others: Sequence[Path]) -> Path:
@@ -71,8 +81,9 @@ def submit(root: Path, runs: Sequence[Path], said: dict, *others: Sequence[Path]
         raise InputError(f"{folder} is there already: choose another --name")
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    sources = {}
     try:
-        write_logs(temporary, said, runs, *others)
+        sources = write_logs(temporary, said, runs, *others)
         record = with_logs(temporary, said)
         before = next(reversed(read_records(root / said["track"])), None)
         if before:
@@ -86,8 +97,8 @@ def submit(root: Path, runs: Sequence[Path], said: dict, *others: Sequence[Path]
         (temporary / "README.md").write_text(page(record, track, before), encoding="utf-8")
         refuse(check_record(record, tracks, before))
         os.replace(temporary, folder)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(named_by_source(str(error), sources)) from error
     except MALFORMED as error:
         raise InputError(
             f"a value of these logs is missing or of the wrong kind ({error!r}): give runs as they were written"
@@ -95,6 +106,13 @@ def submit(root: Path, runs: Sequence[Path], said: dict, *others: Sequence[Path]
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def named_by_source(message: str, sources: dict[str, str]) -> str:
+    """With the logs that were given, not their copies, whose lines have other numbers without the code."""
+    for target, source in sources.items():
+        message = re.sub(rf"{re.escape(target)}(:\d+)?", lambda _, source=source: source, message)
+    return message
 
 
 def refuse(found: Iterator[str]) -> None:

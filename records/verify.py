@@ -14,6 +14,7 @@ unless its own were made there), README.md and curve.png.
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import itertools
 import math
@@ -39,6 +40,7 @@ from records.log import GENERATOR_AND_DETECTOR, MASKED_LAST_LAYER, WHOLE_LAST_LA
 RECORDS = Path(__file__).resolve().parent
 SIGNIFICANCE = 0.01  # of both tests: loss below target, time below the record before
 MOST_BYTES = 2_000_000  # of a record
+MOST_MFU = 1.5  # a CPU's peak is measured, perhaps while something else ran
 SAME_EVERYWHERE = ("device", "threads", "torch", "cuda", "driver", "world_size")
 FREE_BETWEEN_RUNS = ("seed", "run_name", "out", "hf_model_name", "wandb_project", "resume")
 FREE_BETWEEN_MACHINES = (*FREE_BETWEEN_RUNS, "dir", "declared_runs")
@@ -61,10 +63,9 @@ METRICS = {  # what finetuner.py measures of a run's model: task and split, whos
 FOLDERS = ("logs", "finetuned", "paired", "paired_finetuned")  # of a record
 KEEP_CODE = FOLDERS[:2]
 FILES = re.compile(rf"record\.json|README\.md|curve\.png|({'|'.join(FOLDERS)})/\d+\.txt")
-IMPORT = re.compile(r"^(?:from|import) ([\w.]+)", re.MULTILINE)
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 # What reading a value that is missing, or of another kind than a run writes, may raise
-MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, SyntaxError)
 
 
 class Race(NamedTuple):
@@ -175,8 +176,11 @@ def check_lines(log: Log) -> Iterator[str]:
     if other := next((line for line in log.lines if line.steps != steps), None):
         said, asked = other.steps or "-", steps or "-"
         yield f"{log.path}:{other.number}: a run of {said} steps, its configuration asks for {asked}"
-    unigram, start = log.named("data", "validation", "unigram_loss"), log.lines[0]
-    if start.step == 0 and start.val_loss is not None and start.val_loss < unigram - 0.1:
+    unigram = log.named("data", "validation", "unigram_loss")
+    start = next((line for line in log.lines if line.step == 0 and line.val_loss is not None), None)
+    if start is None:
+        yield f"{log.path}: no val_loss before the first step: run it without --train.valid_every 0"
+    elif start.val_loss < unigram - 0.1:
         yield f"{log.path}:{start.number}: a loss of {start.val_loss} before any step, below {unigram:.4f} of unigrams"
     growing = ["step", "seconds", "tokens", "flops"] + ["words"] * (log.lines[-1].words is not None)
     for before, line in itertools.pairwise(log.lines):
@@ -195,6 +199,8 @@ def check_averages(log: Log) -> Iterator[str]:
             yield f"{log.path}:{line.number}: step_avg is not train_time / step"
         elif line.seconds and abs(line.mfu - line.flops / line.seconds / peak) > 6e-5 + line.mfu * 6e-4 / line.seconds:
             yield f"{log.path}:{line.number}: mfu is not flops / train_time / peak_flops"
+        elif line.mfu > MOST_MFU:
+            yield f"{log.path}:{line.number}: mfu is {line.mfu}: no machine does more than its peak"
 
 
 def step_tokens(log: Log) -> int:
@@ -328,8 +334,9 @@ def with_logs(path: Path, said: dict) -> Record:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """A track's records, each behind the one that it beats. Raises InputError where they are no such chain."""
-    records = sorted((read_record(path.parent) for path in folder.glob("*/record.json")), key=lambda r: r.path.name)
+    """A track's records, each after the one that it beats. Raises InputError where they are no such chain."""
+    found = (path.parent for path in folder.glob("*/record.json") if path.parent.suffix != ".tmp")
+    records = sorted(map(read_record, found), key=lambda record: record.path.name)
     chain, beaten = [], None
     while following := [record for record in records if record.said.get("beats") == beaten]:
         if len(following) > 1:
@@ -453,16 +460,34 @@ def check_code(log: Log) -> Iterator[str]:
     elif different := differing(ran, log.hashes):
         yield f"{log.path}: not the code that ran: {different}"
     elif lacking := lacking_code(log):
-        yield f"{log.path}: it lacks {', '.join(lacking)}, which its command or its other modules name"
+        said = f"it lacks {', '.join(lacking)}, which its command or its other modules name"
+        yield f"{log.path}: {said}: add that to the program's MODULES before a run"
+
+
+def imports(text: str) -> Iterator[str]:
+    """Names of modules, with dots, that a module imports when it is imported, and of what it takes from them."""
+    for statement in ast.parse(text).body:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
 
 
 def lacking_code(log: Log) -> list[str]:
     """The program, and what kept modules import from this repository, as far as the log does not keep it."""
-    named = {f"{name.replace('.', '/')}.py" for text in log.code.values() for name in IMPORT.findall(text)}
-    named = {name for name in named if (RECORDS.parent / name).exists()} | {*shlex.split(str(log.named("command")))[:1]}
+    named = {f"{name.replace('.', '/')}.py" for text in log.code.values() for name in imports(text)}
+    named = {name for name in named if (RECORDS.parent / name).exists()} | {program_of(log)}
     if "recipe" in log.named("config"):  # the first baselines' logs, whose trainer.py does not use it there
         named.discard("optimizer.py")
     return sorted(named - log.code.keys())
+
+
+def program_of(log: Log) -> str:
+    """What its command runs."""
+    return shlex.split(str(log.named("command")))[0]
 
 
 def settings_of(log: Log, free: Sequence[str] = ()) -> dict:
@@ -481,6 +506,8 @@ def check_together(logs: Sequence[Log], what: str, free: Sequence[str] = FREE_BE
             yield f"{log.path}: {what}: other code than {first.path.name} ({different})"
         if different := differing(settings_of(log, free), settings_of(first, free)):
             yield f"{at(log, 'config')}: {what}: other settings than {first.path.name}: {different}"
+        if program_of(log) != program_of(first):
+            yield f"{at(log, 'command')}: {what}: {program_of(log)} ran, in {first.path.name} {program_of(first)}"
     yield from check_environment(logs, SAME_EVERYWHERE, what)
     for one, log in itertools.combinations(logs, 2):
         if repeats(log, one, "train_loss"):
@@ -509,7 +536,7 @@ def repeats(log: Log, other: Log, name: str, least: int = 1) -> bool:
     return len(ours & said(other)) > max(least, len(ours)) / 2
 
 
-def check_files(record: Record) -> Iterator[str]:
+def check_files(record: Record, track: dict, before: Record | None) -> Iterator[str]:
     """Files, logs and links: those that are named, no others."""
     place, named = record.path / "record.json", record.said.get("logs", [])
     there = {log.path.relative_to(record.path).as_posix() for log in record.logs}
@@ -520,6 +547,10 @@ def check_files(record: Record) -> Iterator[str]:
     files = {path.relative_to(record.path).as_posix(): path for path in record.path.rglob("*") if not path.is_dir()}
     if others := sorted(name for name in files if not FILES.fullmatch(name)):
         yield f"{record.path}: {', '.join(others)}: not a file of a record"
+    if record.paired and before is None:
+        yield f"{record.path / 'paired'}: runs of a record before, but this one beats none"
+    if record.paired_finetuned and not (record.paired and track["race"] == "score"):
+        yield f"{record.path / 'paired_finetuned'}: finetunings of no runs whose score is compared"
     size = sum(path.stat().st_size for path in files.values())
     if size > MOST_BYTES:
         yield f"{record.path}: {size:,} bytes, more than {MOST_BYTES:,}: log every few steps (--train.log_every)"
@@ -568,6 +599,11 @@ def check_track(log: Log, track: dict) -> Iterator[str]:
     for keys, value in expected.items():
         if log.named(*keys) != value:
             yield f"{at(log, keys[0])}: {'.'.join(keys)} is {log.named(*keys)!r}, the track's is {value!r}"
+    # Of the training text: the hash names shards, not which of them are trained on
+    if asked := data["validation"].get("unigram_loss"):
+        found = log.named("data", "validation", "unigram_loss")
+        if not math.isclose(found, asked, rel_tol=1e-9):
+            yield f"{at(log, 'data')}: data.validation.unigram_loss is {found!r}, the track's is {asked!r}"
     if log.named("config", "data").get("verify") is False:
         yield f"{at(log, 'config')}: --data.verify false: nobody looked whether the shards are those of the hash"
     objective = log.named("config", "train").get("objective", "mlm")
@@ -767,7 +803,8 @@ def check_paired_finetuned(record: Record, track: dict, before: Record) -> Itera
 def check_machine(logs: Sequence[Log]) -> Iterator[str]:
     what = "timed or compared runs are made on one machine (paired/)"
     yield from check_environment(logs, (*SAME_EVERYWHERE, "machine"), what)
-    ours = logs[0].named("environment").get("variables")  # which older logs do not have
+    every = [log.named("environment").get("variables") for log in logs]  # which older logs do not have
+    ours = next((variables for variables in every if variables is not None), None)
     for log in logs:
         theirs = log.named("environment").get("variables")
         if None not in (ours, theirs) and ours != theirs:
@@ -841,7 +878,7 @@ def check_record(record: Record, tracks: dict[str, dict], before: Record | None)
     elif not record.logs:
         yield f"{record.path / 'logs'}: no logs"
     else:
-        yield from check_files(record)
+        yield from check_files(record, track, before)
         yield from (lacking := list(check_complete(record, track, before)))
         yield from check_code(record.logs[0])
         yield from check_tuning_code(record)

@@ -49,6 +49,7 @@ from records.verify import (
     check_systems_only,
     check_track,
     expected_steps,
+    imports,
     measure,
     page,
     read_records,
@@ -268,6 +269,7 @@ FORGED = (
         "the last line's val_loss is not that of the result",
     ),
     (lambda text: re.sub(r"(step:6/8.*)\n(step:8/8.*)\n", r"\2\n\1\n", text), "does not grow"),
+    (lambda text: re.sub(r"(step:0/8) val_loss:\S+", r"\1", text), "no val_loss before the first step"),
     (in_section("result", "seconds", 1.0), "the last line's seconds"),
     (in_section("result", "flops", 1.0e9), "do not follow from the configuration"),
     (in_section("result", "flops_counted_by", WHOLE_LAST_LAYER), "do not follow from the configuration"),
@@ -394,6 +396,15 @@ def test_most_of_a_log_twice(record):
     "edit,message",
     (
         (lambda text: re.sub(r"(step:0/8 val_loss:)\S+", r"\g<1>2.5000", text), "a loss of 2.5 before any step"),
+        (
+            lambda text: re.sub(r"(step:0/8) val_loss:\S+(.*\n)", r"\1\2\1 val_loss:2.5000\2", text),
+            "a loss of 2.5 before any step",
+        ),
+        (
+            lambda text: retimed(in_section("environment", "peak_flops", 1e8)(text), 1.0, 0.0),
+            "no machine does more than its peak",
+        ),
+        (lambda text: text.replace("trainer.py --preset", "turbo.py --preset", 1), "turbo.py ran, in 1.txt trainer.py"),
         (lambda text: re.sub(r"(step:\d+)/8 ", r"\1/10 ", text), "a run of 10 steps, its configuration asks for 8"),
         (in_section("environment", "device", "EPYC | 0.1 s"), "device is 'EPYC | 0.1 s', which has |"),
         (lambda text: re.sub(r'("started": ")\d{4}', r"\g<1>9998", text), "which is yet to come"),
@@ -402,6 +413,29 @@ def test_most_of_a_log_twice(record):
 def test_what_no_run_says(record, edit, message):
     change(record / "logs" / "2.txt", edit)
     assert any(message in problem for problem in verify(record)), verify(record)
+
+
+def test_variables_count_of_whichever_log_has_them(record):
+    for number, variables in ((2, {"OMP_NUM_THREADS": "1"}), (3, {"OMP_NUM_THREADS": "2"})):
+        change(record / "logs" / f"{number}.txt", in_section("environment", "variables", variables))
+    change(record / "logs" / "1.txt", lambda text: text.replace('"variables": {', '"others": {', 1))
+    assert "variables" not in read_log(record / "logs" / "1.txt").named("environment")
+    assert any("the environment variables are" in problem for problem in verify(record))
+
+
+def test_what_a_module_imports():
+    text = """import os, turbo
+from data import make_sample as sample
+try:
+    import quick.fast
+except ImportError:
+    pass
+
+
+def later():
+    import lazy
+"""
+    assert set(imports(text)) == {"os", "turbo", "data", "data.make_sample", "quick.fast"}
 
 
 def test_the_program_s_code_is_kept(record):
@@ -622,6 +656,15 @@ def test_what_would_break_the_table(record, values, message):
 def test_files_that_no_record_has(record):
     (record / "test_more.py").write_text("")
     assert verify(record) == [f"{record}: test_more.py: not a file of a record"]
+
+
+def test_runs_of_a_record_before_need_one(record):
+    first = read_records(record.parent)[0].path
+    for folder in ("paired", "paired_finetuned"):
+        (first / folder).mkdir(exist_ok=True)
+        shutil.copy(first / "logs" / "2.txt", first / folder / "1.txt")
+    problems = "\n".join(verify(first))
+    assert "but this one beats none" in problems and "finetunings of no runs whose score" in problems
 
 
 def test_a_device_is_named_by_whole_words(record):
@@ -1032,6 +1075,18 @@ def test_submit_refuses_and_leaves_nothing(archive, runs):
     assert sorted(archive.rglob("*")) == before
 
 
+def test_submit_names_the_logs_that_it_was_given(by_mnli, runs):
+    said = {"track": "tiny", "name": "again", "date": "2020-01-01", "contributors": ["a"], "what": "Nothing."}
+    tuned = by_mnli / "finetuned" / "1.txt"
+    with pytest.raises(InputError, match=f"{tuned} is a finetuning: give it to --finetuned"):
+        submit(by_mnli.parents[1], [*runs[:2], tuned], dict(said))
+    with pytest.raises(InputError, match=f"{runs[1]} is a pretraining"):
+        submit(by_mnli.parents[1], runs, dict(said), runs[1:2])
+    with pytest.raises(InputError) as refused:
+        submit(by_mnli.parents[1], runs, said | {"track": "tiny-mnli"}, [tuned, tuned])
+    assert str(tuned) in str(refused.value) and ".tmp" not in str(refused.value), str(refused.value)
+
+
 def test_declared_runs_have_their_seeds(corpus, tmp_path):
     with pytest.raises(InputError, match="their seeds are 1 to 3"):
         trainer.main(flags(corpus, tmp_path, "fourth", "--train.seed", 4, "--train.declared_runs", 3))
@@ -1129,6 +1184,8 @@ def test_plot_draws_any_runs(runs, tmp_path):
     assert (runs[0] / "curves.png").exists()  # left by the trainer
     draw(runs, tmp_path / "three.png")
     assert (tmp_path / "three.png").stat().st_size > 10_000
+    done = run_python("records/plot.py", runs[0], "--out", tmp_path / "four")
+    assert done.returncode == 1 and "four is no .png, .svg or .pdf file" in done.stderr
     done = run_python("records/plot.py", str(tmp_path))
     assert done.returncode == 1 and "is not there: give the folder of a run" in done.stderr
 

@@ -266,8 +266,8 @@ class BaselineRun(Run):
         if not math.isfinite(loss):
             raise InputError(f"{what} is {loss}: lower --lr from {self.lr:g}")
 
-    def write_model(self, part: str, into: Path) -> None:
-        save_model(into, self.objective.model, self.tokenizer)
+    def write_model(self, part: str, model: torch.nn.Module, weights: dict | None, into: Path) -> None:
+        save_model(into, model, self.tokenizer, weights)
 
 
 def main(argv: list[str] | None = None) -> None:
