@@ -92,7 +92,7 @@ PolarSteps = restricted_number_type("PolarSteps", int, [(">=", 1), ("<=", len(PO
 @dataclass
 class DataConfig:
     dir: str = option("data/fineweb_edu", "folder of shards with their manifest.json and tokenizer/")
-    max_length: PositiveInt = option(1024, "tokens in a window, [CLS] and [SEP] included; longer documents are cut")
+    max_length: PositiveInt = option(1024, "tokens in a document, [CLS] and [SEP] included; longer ones are cut")
     valid_tokens: PositiveInt = option(10_000_000, "tokens of text in the validation set, and in the final test set")
     verify: bool = option(True, "check each shard against its hash in the manifest when it is first opened")
 
