@@ -148,7 +148,7 @@ def open_source(args: argparse.Namespace):
     with reading("the data's first row", args.files):
         if (first := next(iter(stream), None)) is None:
             raise ValueError("there is none")
-        columns = list(json.loads(first[JSON_LINE]) if JSON_LINE in first else first)
+        columns = list(row_of(first[JSON_LINE]) if JSON_LINE in first else first)
     if args.text_field not in columns:
         raise InputError(f"the data has no column {args.text_field!r}: choose --text_field out of {', '.join(columns)}")
     source["text_field"] = args.text_field
@@ -207,7 +207,14 @@ def values_of(table, text_field: str) -> list:
     (column,), values = table.column_names, table[0].to_pylist()
     if column != JSON_LINE:
         return values
-    return [json.loads(line).get(text_field) for line in values if line.strip()]
+    return [row_of(line).get(text_field) for line in values if line.strip()]
+
+
+def row_of(line: str) -> dict:
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"{line[:40]!r} is no row, {{name: value, ...}}")
+    return row
 
 
 def written_texts(values: list, text_field: str) -> list[str]:

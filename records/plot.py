@@ -48,6 +48,8 @@ def series(log: Log) -> dict[str, list[tuple[Points, str]]]:
     if not log.finetuning and beside.exists():
         try:
             metrics = [json.loads(line) for line in beside.read_text(encoding="utf-8").splitlines()]
+            if not all(isinstance(values, dict) for values in metrics):
+                raise ValueError("a line is no {name: value, ...}")
         except ValueError as error:
             raise InputError(f"{beside} is damaged ({error}): move it away to draw the log alone") from error
         for panel, name in (("lr", "lr"), ("mask", "mask_rate")):
