@@ -33,7 +33,6 @@ from dataloading import MAX_VOCAB_SIZE, SPECIAL_TOKENS, InputError, in_backgroun
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 # JSON Lines by the line: the json reader knows no key that the first rows lack
 READERS = {".json": "json", ".jsonl": "text", ".parquet": "parquet", ".txt": "text"}
-JSON_LINE = "a line of JSON"
 COMPRESSIONS = {".gz": gzip, ".xz": lzma, ".bz2": bz2}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -133,8 +132,6 @@ def open_source(args: argparse.Namespace):
         with reading(f"--files {' '.join(args.files)}"):
             how = {"sample_by": "line"} if kind == ".jsonl" else options
             stream = load_dataset(READERS[kind], data_files=files, split="train", streaming=True, **how)
-            if kind == ".jsonl":
-                stream = stream.rename_column("text", JSON_LINE)
             sizes = [unpacked_bytes(Path(file)) for file in files]
         source = {"files": [{"name": Path(file).name, "bytes": os.path.getsize(file)} for file in files], **options}
     else:
@@ -146,16 +143,17 @@ def open_source(args: argparse.Namespace):
         splits = stream.info.splits or {}
         sizes = [splits["train"].num_bytes / stream.num_shards if "train" in splits else 1] * stream.num_shards
     with reading("the data's first row", args.files):
-        if (first := next(iter(stream), None)) is None:
+        by_line = json_lines(args.files)
+        first = next((row for row in stream if not by_line or row["text"].strip()), None)
+        if first is None:
             raise ValueError("there is none")
-        columns = list(row_of(first[JSON_LINE]) if JSON_LINE in first else first)
+        columns = list(row_of(first["text"]) if by_line else first)
     if args.text_field not in columns:
         raise InputError(f"the data has no column {args.text_field!r}: choose --text_field out of {', '.join(columns)}")
     source["text_field"] = args.text_field
     if args.join_lines:
         source["join_lines"] = args.join_lines
-    column = JSON_LINE if JSON_LINE in first else args.text_field
-    return stream.select_columns(column).with_format("arrow"), sizes, source
+    return stream.select_columns("text" if by_line else args.text_field).with_format("arrow"), sizes, source
 
 
 LANES = 16  # files that are open at once
@@ -179,13 +177,15 @@ def read_texts(stream, sizes: list[float], args: argparse.Namespace, part=0, par
         if start["state"]:
             lane.load_state_dict(start["state"])
     tables = [lane.iter(batch_size=500) for lane in lanes]
-    texts, characters = [], 0
+    texts, characters, lines_of_json = [], 0, json_lines(args.files)
     while open_lanes := [i for i in range(num_lanes) if not position[i]["ended"]]:
         together = [i for i in open_lanes if i // LANES == open_lanes[0] // LANES]
         i = min(together, key=lambda i: position[i]["characters"] / weights[i])
         with reading("the next texts", args.files):
             table = next(tables[i], None)
-            values = [] if table is None else values_of(table, args.text_field)
+            values = [] if table is None else table[0].to_pylist()
+            if lines_of_json:
+                values = [row_of(line).get(args.text_field) for line in values if line.strip()]
         position[i]["ended"] = table is None
         found = written_texts(values, args.text_field)
         position[i]["characters"] += sum(map(len, found))
@@ -202,12 +202,9 @@ def read_texts(stream, sizes: list[float], args: argparse.Namespace, part=0, par
     yield texts, position
 
 
-def values_of(table, text_field: str) -> list:
-    """Of an Arrow table with a column of texts, or of lines of JSON that hold them."""
-    (column,), values = table.column_names, table[0].to_pylist()
-    if column != JSON_LINE:
-        return values
-    return [row_of(line).get(text_field) for line in values if line.strip()]
+def json_lines(patterns: list[str] | None) -> bool:
+    """Whether a line of these files, all of one type, is a row."""
+    return any(".jsonl" in Path(file).suffixes for file in matching(patterns or [])[:1])
 
 
 def row_of(line: str) -> dict:

@@ -385,7 +385,7 @@ def test_file_types(tmp_path, tokenizer, texts, kind):
 
 def test_rows_of_json_lines_need_only_the_text(tmp_path, tokenizer, texts):
     rows = [{"text": text} for text in texts[:20]] + [{"url": "a", "text": texts[20]}, {"text": None}, {"url": 1}]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
+    (tmp_path / "a.jsonl").write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows) + "\n")
     (tmp_path / "b.jsonl").write_text(json.dumps({"id": [1], "text": texts[21]}))
     pack_files(tmp_path / "*.jsonl", tokenizer, tmp_path / "out", "--valid_fraction", 0, "--test_fraction", 0)
     assert sorted(texts_of(tmp_path / "out", "train")) == sorted(texts[:22])
