@@ -744,6 +744,8 @@ def model_config(specials: dict, max_length: int, values: dict) -> KBERTConfig:
 def make_objective(config: KBERTConfig, train: TrainConfig, max_length: int) -> MaskedLM | ReplacedTokenDetection:
     if train.objective == "mlm":
         return MaskedLM(config, train.seed, max_length)
+    if train.generator_layers is None:  # settled in the settings, so that log, config.yaml and checkpoints say it
+        train.generator_layers = -(-config.num_hidden_layers // 2)
     return ReplacedTokenDetection(config, train.seed, max_length, train.generator_layers, train.detection_weight)
 
 
@@ -949,8 +951,6 @@ class Run:
             raise InputError("--train.deterministic true needs `export CUBLAS_WORKSPACE_CONFIG=:4096:8`")
         torch.use_deterministic_algorithms(train.deterministic)
         self.config = model_config(self.manifest["tokenizer"], self.data.max_length, self.model_values)
-        if train.generator_layers is None and train.objective == "rtd":  # log, config.yaml and checkpoints say it
-            train.generator_layers = -(-self.config.num_hidden_layers // 2)
         self.objective = make_objective(self.config, train, self.data.max_length)
         self.parameters = self.objective.model.num_parameters()  # of what is kept: a generator is not
         obstacle = why_eager(process.device)

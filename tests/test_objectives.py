@@ -140,6 +140,15 @@ def test_flops_are_those_of_both_networks():
     assert work.training_flops(config, GENERATOR_AND_DETECTOR, 2) == pytest.approx(generator + detector)
 
 
+def test_a_generator_has_half_the_layers_unless_told_otherwise():
+    config = KBERTConfig(
+        vocab_size=64, num_hidden_layers=3, hidden_size=64, num_attention_heads=1, intermediate_size=64
+    )
+    train = trainer.TrainConfig(objective="rtd")
+    objective = trainer.make_objective(config, train, 100)
+    assert objective.generator.config.num_hidden_layers == train.generator_layers == 2
+
+
 def test_a_run_learns_to_tell_replacements(detected):
     first, *_, last = [line for line in lines(detected) if line["val_auc"]]
     assert float(last["val_auc"]) > 0.6 > float(first["val_auc"])
