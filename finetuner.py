@@ -29,7 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -231,6 +231,12 @@ class Base:
     tokenizer: PreTrainedTokenizerFast
     max_length: int  # tokens that an example may have
     trusted: bool = False  # whether its own code may be run
+
+    @cached_property
+    def sha256(self) -> str | None:
+        """Of its weights; None where they are not in a folder."""
+        weights = Path(self.name) / "model.safetensors"
+        return sha256_of(weights) if weights.exists() else None
 
     @property
     def pools(self) -> bool:
@@ -857,12 +863,9 @@ class TaskRuns:
     def __post_init__(self):
         self.starts = ["pretrained", "random weights"] if self.cells[0].compare_random else ["pretrained"]
         self.net: Network | None = None
-        weights = Path(self.base.name) / "model.safetensors"
+        splits = self.data.splits.items()
         self.made_from = self.process.on_main(
-            lambda: {
-                "base_sha256": sha256_of(weights) if weights.exists() else None,
-                **{split: content.fingerprint() for split, content in self.data.splits.items()},
-            }
+            lambda: {"base_sha256": self.base.sha256, **{split: content.fingerprint() for split, content in splits}}
         )
 
     def run(self) -> dict:
@@ -1230,8 +1233,7 @@ class Finetuner:
         self.log = RunLog(self.folder) if self.process.is_main else None
         if not self.log:
             return
-        weights = Path(base.name) / "model.safetensors"
-        data = {"base_sha256": sha256_of(weights) if weights.exists() else None}
+        data = {"base_sha256": base.sha256}
         machine = environment(self.process.device, self.process.world_size)
         train = {name: getattr(self.train, name) for name in self.repeat["train"]} | {"base_model": self.base_name}
         train["pooling"] = self.train.pooling if base.pools else None

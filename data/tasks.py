@@ -566,7 +566,8 @@ def hold_out(splits: dict[str, Split], validation: str | None, classes: bool) ->
     group = train.groups()  # what is learned from must not come again where it is to be judged
     texts = int(group.max()) + 1
     chosen = np.random.default_rng(0).permutation(texts)[: min(2000, math.ceil(texts / 10))]
-    held, rest = np.flatnonzero(np.isin(group, chosen)), np.flatnonzero(~np.isin(group, chosen))
+    is_held = np.isin(group, chosen)
+    held, rest = np.flatnonzero(is_held), np.flatnonzero(~is_held)
     if classes:  # one of each class that nothing would teach goes back
         found, first = np.unique(train.labels[held], return_index=True)
         back = first[~np.isin(found, train.labels[rest])]
